@@ -1,0 +1,181 @@
+"""Run folders: where each stage keeps its output, written so that a kill at any moment loses nothing.
+
+A stage folder is finished when it holds `manifest.json`. It is built in a sibling temporary folder or
+file and renamed, so no reader ever sees half of one. The manifest names the config section, the
+seed, the digests of what was read and of what was written; a stage is redone when any input differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rc_ray.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside `runs/<name>`; the only place that spells them."""
+
+    root: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.root / "logs"
+
+    def domain_dir(self, domain: str) -> Path:
+        return self.root / "data" / domain
+
+    @property
+    def spirit_dir(self) -> Path:
+        return self.root / "spirit"
+
+    def ingredient_dir(self, domain: str) -> Path:
+        return self.root / "ingredients" / domain
+
+    def cocktail_dir(self, domain: str) -> Path:
+        return self.root / "cocktails" / domain
+
+    @property
+    def evaluate_dir(self) -> Path:
+        return self.root / "evaluate"
+
+    @property
+    def report_dir(self) -> Path:
+        return self.root / "report"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex SHA-256 of a JSON-able value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ArtifactError(f"{path}: damaged; delete it and run the stage again") from None
+
+
+@contextmanager
+def replaced_dir(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target` that takes its place when the block succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    work.chmod(0o755)
+    try:
+        yield work
+        old = None
+        if target.exists():
+            old = target.with_name(f".{target.name}.old-{os.getpid()}")
+            os.replace(target, old)
+        os.replace(work, target)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    stage: str,
+    config: Mapping[str, Any],
+    seed: int,
+    inputs: Mapping[str, str],
+    metrics: Mapping[str, Any],
+) -> None:
+    """Seal a finished stage folder.
+
+    Args:
+        folder: the stage folder, holding everything but the manifest.
+        stage: the CLI verb.
+        config: the settings that shaped the result.
+        seed: the seed in use.
+        inputs: name -> digest of everything that was read.
+        metrics: what the stage measured, JSON-able.
+    """
+    files = {
+        str(path.relative_to(folder)): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
+    }
+    write_json(
+        folder / MANIFEST,
+        {
+            "stage": stage,
+            "fingerprint": fingerprint(config=config, seed=seed, inputs=inputs),
+            "seed": seed,
+            "config": dict(config),
+            "inputs": dict(inputs),
+            "outputs": files,
+            "metrics": dict(metrics),
+        },
+    )
+
+
+def fingerprint(*, config: Mapping[str, Any], seed: int, inputs: Mapping[str, str]) -> str:
+    """What decides whether a finished stage can stand: same settings, seed and inputs."""
+    return digest({"config": dict(config), "seed": seed, "inputs": dict(inputs)})
+
+
+def is_finished(folder: Path, wanted: str) -> bool:
+    """Whether `folder` holds a finished stage with this fingerprint."""
+    if not (folder / MANIFEST).exists():
+        return False
+    return bool(read_json(folder / MANIFEST).get("fingerprint") == wanted)
+
+
+def manifest_digest(folder: Path) -> str:
+    """Digest of a finished stage, for the inputs of the next one.
+
+    Raises:
+        ArtifactError: the stage has not finished.
+    """
+    if not (folder / MANIFEST).exists():
+        raise ArtifactError(f"{folder}: not there yet; run the stage that makes it first")
+    return sha256_file(folder / MANIFEST)

@@ -1,0 +1,314 @@
+"""The command line: one verb per stage, over one experiment file.
+
+Imports stand inside the functions: `--help` is instant, and Ray, which reads its settings when it
+is imported, is imported by the session that makes them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rc_ray.config import Experiment
+    from rc_ray.progress import Progress
+
+BEFORE_RAY = ("prepare",)
+ON_RAY = ("train", "tune", "merge", "evaluate")
+AFTER_RAY = ("report",)
+STAGES = (*BEFORE_RAY, *ON_RAY, *AFTER_RAY)
+"""Every stage, in order. Each is the module of its name with `run(experiment, force, console)`."""
+
+app = typer.Typer(
+    name="rc-ray",
+    help="RecCocktail on Ray: a base spirit, ingredients, cocktails, and the proof that they help.",
+    no_args_is_help=True,
+    context_settings={"max_content_width": 100},
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ExperimentFile = Annotated[
+    Path, typer.Argument(metavar="EXPERIMENT", help="a YAML file, see jobs/")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a field, e.g. train.num_steps=20"),
+]
+Force = Annotated[bool, typer.Option("--force", help="redo what is finished")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="show Ray's own output, and stack traces of errors")
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="a Ray cluster; else RAY_ADDRESS, else Ray on this machine"),
+]
+
+
+@app.command()
+def prepare(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    force: Force = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn raw logs into leak-proof domains with frozen candidates."""
+    _run_stages(experiment, overrides, ("prepare",), force, verbose)
+
+
+@app.command()
+def train(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    force: Force = False,
+    verbose: Verbose = False,
+    address: Address = None,
+) -> None:
+    """Train the base spirit with Ray Train and DeepSpeed."""
+    _run_stages(experiment, overrides, ("train",), force, verbose, address)
+
+
+@app.command()
+def tune(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    force: Force = False,
+    verbose: Verbose = False,
+    address: Address = None,
+) -> None:
+    """Train the ingredients, one trial per domain and setting, with Ray Tune."""
+    _run_stages(experiment, overrides, ("tune",), force, verbose, address)
+
+
+@app.command()
+def merge(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    force: Force = False,
+    verbose: Verbose = False,
+    address: Address = None,
+) -> None:
+    """Learn, without labels, how to mix spirit and ingredient into cocktails."""
+    _run_stages(experiment, overrides, ("merge",), force, verbose, address)
+
+
+@app.command()
+def evaluate(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    force: Force = False,
+    verbose: Verbose = False,
+    address: Address = None,
+) -> None:
+    """Rank the frozen test candidates with every system."""
+    _run_stages(experiment, overrides, ("evaluate",), force, verbose, address)
+
+
+@app.command()
+def report(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    force: Force = False,
+    verbose: Verbose = False,
+) -> None:
+    """Tell what was found, on one HTML page and in Markdown."""
+    _run_stages(experiment, overrides, ("report",), force, verbose)
+
+
+@app.command()
+def run(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    force: Force = False,
+    verbose: Verbose = False,
+    address: Address = None,
+) -> None:
+    """All stages from prepare to report; what is finished is not done again."""
+    _run_stages(experiment, overrides, STAGES, force, verbose, address)
+
+
+@app.command()
+def serve(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    verbose: Verbose = False,
+    address: Address = None,
+) -> None:
+    """Serve the cocktails of all domains behind one HTTP endpoint, until Ctrl-C."""
+    with _plain_errors(verbose), _opened(experiment, overrides) as (loaded, console):
+        with _session(loaded, address, verbose):
+            from rc_ray.serve.deployments import deploy
+
+            deploy(loaded, console, blocking=True)
+
+
+@app.command()
+def rank(
+    experiment: ExperimentFile,
+    domain: Annotated[str, typer.Option("--domain", help="one of the served domains")],
+    history: Annotated[
+        list[str] | None,
+        typer.Option("--history", metavar="TITLE", help="title or item id, oldest first"),
+    ] = None,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option("--candidate", metavar="TITLE", help="left out: the whole catalogue"),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="how many items to show")] = 10,
+    json: Annotated[bool, typer.Option("--json", help="print the service's JSON answer")] = False,
+    overrides: Overrides = None,
+    verbose: Verbose = False,
+) -> None:
+    """Answer one request on this machine, without Ray, as the service would."""
+    with _plain_errors(verbose):
+        from rc_ray.config import load
+        from rc_ray.serve.scoring import rank_offline
+
+        loaded = load(experiment, tuple(overrides or ()))
+        answer = rank_offline(loaded, domain, history or [], candidates, k)
+        if json:
+            typer.echo(answer.model_dump_json(indent=2))
+            return
+        for entry in answer.unknown_history:
+            typer.echo(f"not in the catalogue, read as a title: {entry}", err=True)
+        for item in answer.items:
+            typer.echo(f"{item.rank:3}. {item.title}  [{item.item_id}]  {item.score:.3f}")
+
+
+@app.command()
+def show(experiment: ExperimentFile, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Print the resolved experiment and which stages are finished, stale or missing."""
+    with _plain_errors(verbose):
+        from rc_ray.config import load
+        from rc_ray.status import dump, read_status
+
+        loaded = load(experiment, tuple(overrides or ()))
+        typer.echo(dump(loaded))
+        typer.echo(f"# {loaded.run_dir}")
+        for status in read_status(loaded):
+            typer.echo(f"# {status.stage:9} {status.state:9} {status.detail}".rstrip())
+
+
+@app.command()
+def assets(verbose: Verbose = False) -> None:
+    """Fetch the embedded model and data set into the cache, where they are not there yet."""
+    with _plain_errors(verbose):
+        from rc_ray.assets import EMBEDDED_MODEL, model_dir, movielens_dir
+        from rc_ray.progress import Progress
+
+        with Progress() as console:
+            console.stage("assets")
+            console.note(str(movielens_dir(console.note)))
+            console.note(str(model_dir(EMBEDDED_MODEL, console.note)))
+
+
+@app.command()
+def demo(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="what to run")] = Path(
+        "jobs/demo.yaml"
+    ),
+    overrides: Overrides = None,
+    force: Force = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole chain on real data, the endpoint, and a real request for two domains."""
+    with _plain_errors(verbose):
+        with _opened(experiment, overrides) as (loaded, console):
+            from rc_ray import demo as tour
+
+            _write_config(loaded)
+            _run_each(BEFORE_RAY, loaded, force, console)
+            with _session(loaded, None, verbose):
+                _run_each(ON_RAY, loaded, force, console)
+                tour.ask_the_endpoint(loaded, console)
+            _run_each(AFTER_RAY, loaded, force, console)
+        tour.last_screen(loaded, experiment)
+
+
+def _run_stages(
+    path: Path,
+    overrides: Sequence[str] | None,
+    stages: Sequence[str],
+    force: bool,
+    verbose: bool,
+    address: str | None = None,
+) -> None:
+    with _plain_errors(verbose), _opened(path, overrides) as (experiment, console):
+        _write_config(experiment)
+        on_ray = [name for name in stages if name in ON_RAY]
+        _run_each([name for name in stages if name in BEFORE_RAY], experiment, force, console)
+        with _session(experiment, address, verbose) if on_ray else nullcontext():
+            _run_each(on_ray, experiment, force, console)
+        _run_each([name for name in stages if name in AFTER_RAY], experiment, force, console)
+
+
+def _run_each(
+    stages: Sequence[str], experiment: Experiment, force: bool, console: Progress
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    for name in stages:
+        try:
+            importlib.import_module(f"rc_ray.{name}").run(experiment, force=force, console=console)
+        finally:
+            # Ray Train leaves a handler behind that would end its own run, long over, on Ctrl-C.
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _opened(path: Path, overrides: Sequence[str] | None) -> Iterator[tuple[Experiment, Progress]]:
+    """The experiment, and the console, which must be made before a session takes the terminal."""
+    from rc_ray.config import load
+    from rc_ray.progress import Progress
+
+    experiment = load(path, tuple(overrides or ()))
+    with Progress() as console:
+        yield experiment, console
+
+
+@contextmanager
+def _session(experiment: Experiment, address: str | None, verbose: bool) -> Iterator[None]:
+    from rc_ray.artifacts import RunFolder
+    from rc_ray.session import ray_session
+
+    # Else Ctrl-C would end the trials and let the stage go on without them.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    with ray_session(RunFolder(experiment.run_dir), address=address, verbose=verbose):
+        yield
+
+
+def _write_config(experiment: Experiment) -> None:
+    """Keep the resolved experiment; which stages it makes stale, their fingerprints tell."""
+    from rc_ray.artifacts import RunFolder, write_text
+    from rc_ray.status import dump
+
+    write_text(RunFolder(experiment.run_dir).config_path, dump(experiment))
+
+
+@contextmanager
+def _plain_errors(verbose: bool) -> Iterator[None]:
+    """Tell a person's mistakes in one line with exit code 2; a fault of ours keeps its trace."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # Ray Train turns the one into the other
+        typer.echo("stopped; what is finished stays, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        from rc_ray.errors import UserError
+
+        if verbose or not isinstance(error, UserError):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,418 @@
+"""Every setting of an experiment: one frozen model per stage, one YAML file per experiment.
+
+Nothing is read from the environment and no section refers to another; what a run used is therefore
+exactly what `config.yaml` in its run folder says.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from rc_ray.errors import ConfigError
+
+System = Literal["popularity", "base", "spirit", "ingredient", "uniform", "cocktail"]
+SYSTEMS: tuple[System, ...] = get_args(System)
+"""Every system that a run can compare, in the order of reports."""
+
+DomainName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str = "smollm2-135m-instruct"
+    """`smollm2-135m-instruct` (embedded), a folder in transformers form, or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` times one matrix product in each and takes the faster."""
+
+
+class ColumnMap(Section):
+    """Which column of a CSV file holds what; a null column is absent from the file."""
+
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    timestamp: str | None = "timestamp"
+    """Unix seconds or any sortable number; without it the order of rows is the order of time."""
+    rating: str | None = None
+    title: str = "title"
+    category: str | None = None
+
+
+class ParquetSource(Section):
+    """A folder with `interactions.parquet` and `items.parquet` in the project's own form."""
+
+    format: Literal["parquet"]
+    domain: DomainName
+    path: Path
+
+
+class CsvSource(Section):
+    """Two CSV files with a column map."""
+
+    format: Literal["csv"]
+    domain: DomainName
+    interactions: Path
+    items: Path
+    columns: ColumnMap = ColumnMap()
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+
+
+class MovieLensSource(Section):
+    """MovieLens-100K, one domain or split into domains by genre."""
+
+    format: Literal["movielens-100k"]
+    path: Path | None = None
+    """Folder with `ml-100k.inter` and `ml-100k.item`; null takes the embedded copy."""
+    domain: DomainName | None = None
+    """Name of the single domain; null with `genre_domains`."""
+    genre_domains: dict[DomainName, tuple[str, ...]] | None = None
+    """Domain -> genres. A film goes to the first domain that names one of its genres."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> MovieLensSource:
+        if (self.domain is None) == (self.genre_domains is None):
+            raise ValueError("give either `domain` or `genre_domains`")
+        return self
+
+
+Source = Annotated[ParquetSource | CsvSource | MovieLensSource, Field(discriminator="format")]
+
+
+class DataConfig(Section):
+    sources: tuple[Source, ...] = Field(min_length=1)
+    spirit: tuple[DomainName, ...] = Field(min_length=1)
+    """Domains that feed the base spirit."""
+    ingredients: tuple[DomainName, ...] = Field(min_length=1)
+    """Domains that get an ingredient and a cocktail; the spirit does not see them."""
+    min_user_interactions: Annotated[int, Field(ge=3)] = 5
+    """Users with fewer interactions in a domain are dropped from it."""
+    max_users: PositiveInt | None = None
+    """Seeded sample of users per domain; null keeps all."""
+    max_title_characters: PositiveInt = 120
+    cold_item_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.15
+    """Share of an ingredient domain's items held out of all training for the cold split."""
+    num_negatives: PositiveInt = 19
+    unlabeled_fraction: Fraction = 0.2
+    """Share of an ingredient domain's users whose prompts guide the merge; they are never scored."""
+
+    @model_validator(mode="after")
+    def _roles(self) -> DataConfig:
+        both = sorted(set(self.spirit) & set(self.ingredients))
+        if both:
+            raise ValueError(
+                f"{', '.join(both)} stands under both `spirit` and `ingredients`; "
+                "a domain has one role, or the spirit would see what it is tested on"
+            )
+        known: list[str] = []
+        for source in self.sources:
+            if isinstance(source, MovieLensSource) and source.genre_domains is not None:
+                known.extend(source.genre_domains)
+            elif source.domain is not None:
+                known.append(source.domain)
+        twice = sorted({name for name in known if known.count(name) > 1})
+        if twice:
+            raise ValueError(f"`sources` define the domain {', '.join(twice)} more than once")
+        unknown = sorted({*self.spirit, *self.ingredients} - set(known))
+        if unknown:
+            raise ValueError(
+                f"no source defines the domain {', '.join(unknown)}; defined: {', '.join(known)}"
+            )
+        return self
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Every domain in use, spirit first."""
+        return (*self.spirit, *self.ingredients)
+
+
+class LoraConfig(Section):
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    first_layer: Annotated[int, Field(ge=0)] = 0
+    """Decoder layers below this one stay frozen (0 adapts all)."""
+
+
+class TrainingConfig(Section):
+    """One LoRA training run; shared by the base spirit and the ingredients."""
+
+    style: Literal["sequence", "instruct"] = "sequence"
+    """`sequence`: every title of a history is a target. `instruct`: the paper's prompts."""
+    loss: Literal["trie", "vocabulary"] = "trie"
+    """`trie` normalises over the children of branching trie nodes; `vocabulary` over all tokens."""
+    prior_in_loss: bool = True
+    """Add the log prior mass of each trie branch to its logit (arXiv 2007.07314)."""
+    lora: LoraConfig = LoraConfig()
+    num_steps: PositiveInt = 100
+    batch_size: PositiveInt = 8
+    """Histories per optimiser step over all workers."""
+    learning_rate: PositiveFloat = 1e-3
+    warmup_fraction: Fraction = 0.05
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_titles: Annotated[int, Field(ge=2)] = 30
+    """Titles per training history; longer histories are cropped at a seeded random place."""
+    max_tokens: PositiveInt = 1024
+    """Tokens per training row; oldest titles go first."""
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "cpu"] = "none"
+    """Where ZeRO keeps the optimiser (and, at stage 3, the parameters)."""
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> DeepSpeedConfig:
+        if self.offload == "cpu" and self.zero_stage == 0:
+            raise ValueError("`offload: cpu` needs `zero_stage` 1, 2 or 3")
+        return self
+
+
+class TrainConfig(TrainingConfig):
+    """The base spirit, on Ray Train."""
+
+    num_workers: PositiveInt = 1
+    gpus_per_worker: NonNegativeFloat = 0.0
+    cpus_per_worker: PositiveFloat = 1.0
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    checkpoint_every: PositiveInt = 50
+    """Optimiser steps between checkpoints."""
+    num_checkpoints_to_keep: PositiveInt = 2
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts from the last checkpoint after lost workers."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TrainConfig:
+        if self.batch_size % self.num_workers:
+            raise ValueError(
+                f"`batch_size` {self.batch_size} is not divisible by `num_workers` "
+                f"{self.num_workers}"
+            )
+        if self.engine == "torch" and self.num_workers > 1:
+            raise ValueError("`engine: torch` is for one worker; use `engine: deepspeed`")
+        return self
+
+
+class TuneConfig(TrainingConfig):
+    """The ingredients, on Ray Tune: one trial per (domain, setting)."""
+
+    search: dict[str, tuple[Any, ...]] = {}
+    """Grid over fields of this section, e.g. `{learning_rate: [1e-3, 5e-4]}`; `lora.rank` works."""
+    num_valid_users: PositiveInt = 50
+    """Validation users that choose among a domain's trials."""
+    cpus_per_trial: PositiveFloat = 1.0
+    gpus_per_trial: NonNegativeFloat = 0.0
+    max_concurrent_trials: PositiveInt | None = None
+    """Null: as many as the cluster has resources for."""
+    checkpoint_every: PositiveInt = 50
+
+    @model_validator(mode="after")
+    def _search_fields(self) -> TuneConfig:
+        self.settings()
+        return self
+
+    def settings(self) -> tuple[TrainingConfig, ...]:
+        """One `TrainingConfig` per point of the grid."""
+        points = []
+        for values in itertools.product(*self.search.values()):
+            fields: dict[str, Any] = {
+                name: getattr(self, name) for name in TrainingConfig.model_fields
+            }
+            fields["lora"] = self.lora.model_dump()
+            for key, value in zip(self.search, values, strict=True):
+                section, _, leaf = key.rpartition(".")
+                target = fields["lora"] if section == "lora" else fields
+                if section not in ("", "lora") or leaf not in target or leaf == "lora":
+                    raise ValueError(
+                        f"`search` names the unknown field {key}; known: "
+                        f"{', '.join(f for f in TrainingConfig.model_fields if f != 'lora')}, "
+                        f"{', '.join('lora.' + f for f in LoraConfig.model_fields)}"
+                    )
+                target[leaf] = value
+            points.append(TrainingConfig.model_validate(fields))
+        return tuple(points)
+
+
+class MergeConfig(Section):
+    """The entropy-guided cocktail: one weight per (linear layer, adapter)."""
+
+    num_prompts: PositiveInt = 48
+    """Unlabeled prompts of users that are never scored."""
+    num_epochs: PositiveInt = 2
+    batch_size: PositiveInt = 8
+    learning_rate: PositiveFloat = 0.1
+    temperature: PositiveFloat = 1.0
+    """T of lambda = softmax(w / T)."""
+    max_titles: PositiveInt = 15
+    """History titles in a prompt."""
+    cpus_per_task: PositiveFloat = 1.0
+    gpus_per_task: NonNegativeFloat = 0.0
+
+
+class EvaluateConfig(Section):
+    systems: tuple[System, ...] = Field(default=SYSTEMS, min_length=1)
+    num_test_users: PositiveInt | None = None
+    """Seeded sample of scored users per split; null scores all."""
+    num_valid_users: PositiveInt | None = 100
+    """Validation users that choose alpha and gamma."""
+    alphas: tuple[NonNegativeFloat, ...] = Field(default=(0.0, 0.5, 1.0), min_length=1)
+    """Weights of log p(title | empty history) to choose from."""
+    gammas: tuple[NonNegativeFloat, ...] = Field(default=(0.0, 0.25, 0.5, 1.0), min_length=1)
+    """Weights of the popularity prior to choose from."""
+    max_titles: PositiveInt = 15
+    """History titles in a prompt."""
+    tokens_per_batch: PositiveInt = 4096
+    num_bootstrap: PositiveInt = 2000
+    num_actors: PositiveInt | None = None
+    """Null: as many as the cluster has resources for."""
+    cpus_per_actor: PositiveFloat = 1.0
+    gpus_per_actor: NonNegativeFloat = 0.0
+
+
+class ServeConfig(Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    system: Literal["spirit", "ingredient", "uniform", "cocktail"] = "cocktail"
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt = 1
+    target_ongoing_requests: PositiveFloat = 4.0
+    max_batch_size: PositiveInt = 8
+    batch_wait_timeout_s: NonNegativeFloat = 0.01
+    max_candidates: PositiveInt = 5000
+    """Longer candidate lists, and larger catalogues when none is given, are refused."""
+    max_history: PositiveInt = 500
+    """Longer histories are refused; of those taken, the last `evaluate.max_titles` count."""
+    cpus_per_replica: PositiveFloat = 1.0
+    gpus_per_replica: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _replicas(self) -> ServeConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError("`min_replicas` is above `max_replicas`")
+        return self
+
+
+class Experiment(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 7
+    output_dir: Path = Path("runs")
+    """Run folders lie here; on a cluster, storage that all nodes share."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    tune: TuneConfig = TuneConfig()
+    merge: MergeConfig = MergeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
+    """Read an experiment file and apply `dotted.key=value` overrides, values parsed as YAML.
+
+    Relative source paths are taken from the file's folder, `output_dir` from the working folder.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or a field is unknown or out of range.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such experiment file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; give the experiment's YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{path}{where}: not valid YAML: {problem}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected sections such as `name:` and `data:` at top level")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        experiment = Experiment.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(path, error)) from None
+    return _with_absolute_paths(experiment, path.resolve().parent)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override}: write it as dotted.key=value")
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {parent} has no fields")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: {text!r} is not valid YAML") from None
+
+
+def _with_absolute_paths(experiment: Experiment, folder: Path) -> Experiment:
+    sources = []
+    for source in experiment.data.sources:
+        paths = {
+            name: (folder / value).resolve() for name, value in source if isinstance(value, Path)
+        }
+        sources.append(source.model_copy(update=paths))
+    data = experiment.data.model_copy(update={"sources": tuple(sources)})
+    output_dir = experiment.output_dir.expanduser().resolve()
+    return experiment.model_copy(update={"data": data, "output_dir": output_dir})
+
+
+def _explain(path: Path, error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        location = ".".join(str(part) for part in problem["loc"]) or "the file"
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(problem["loc"][:-1])
+            hint = f"; known fields: {', '.join(known)}" if known else ""
+            lines.append(f"{path}: unknown field `{location}`{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{path}: the field `{location}` is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{path}: `{location}`: {message}")
+    return "\n".join(lines)
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section at `location`, where it is a plain section."""
+    section: Any = Experiment
+    for part in location:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = field.annotation if field is not None else None
+    return sorted(getattr(section, "model_fields", {}))

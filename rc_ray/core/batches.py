@@ -1,0 +1,159 @@
+"""Examples -> packed tensors: several histories in one row, each seeing only itself.
+
+Letters: B rows, T tokens, D trie decisions, Y supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rc_ray.core.trie import CatalogueTrie
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training text of one catalogue.
+
+    `titles` are (item, start) pairs: the item's title tokens begin at `start` of `tokens` and are
+    supervised; the token before `start` predicts the first of them.
+    """
+
+    catalogue: str
+    tokens: tuple[int, ...]
+    titles: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Trie decisions of one catalogue within a batch."""
+
+    positions: Tensor
+    """(D,) index into the flattened (B * T) hidden states."""
+    nodes: Tensor
+    """(D,) branching node."""
+    edges: Tensor
+    """(D,) edge taken."""
+
+    def to(self, device: torch.device) -> Decisions:
+        return Decisions(self.positions.to(device), self.nodes.to(device), self.edges.to(device))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's share of a global batch."""
+
+    input_ids: Tensor
+    """(B, T)."""
+    position_ids: Tensor | None
+    """(B, T), or None where every row holds one example."""
+    mask: Tensor | None
+    """(B, 1, T, T) bool, or None for plain causal attention."""
+    decisions: Mapping[str, Decisions]
+    """By catalogue."""
+    token_positions: Tensor
+    """(Y,) index into the flattened hidden states that predict a title's tokens."""
+    token_targets: Tensor
+    """(Y,) the tokens."""
+    num_titles: int
+    """Supervised titles in this share."""
+    num_tokens: int
+    """Tokens that are not padding."""
+    num_global_titles: int = field(default=0)
+    """Supervised titles in the whole global batch."""
+    num_global_tokens: int = field(default=0)
+    """Supervised tokens in the whole global batch."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+            decisions={name: d.to(device) for name, d in self.decisions.items()},
+            token_positions=self.token_positions.to(device),
+            token_targets=self.token_targets.to(device),
+        )
+
+
+def count_targets(examples: Sequence[Example], tries: Mapping[str, CatalogueTrie]) -> int:
+    """Supervised titles; one whose path never branches teaches nothing and is not counted."""
+    return sum(
+        bool(tries[example.catalogue].paths[item].decisions)
+        for example in examples
+        for item, _ in example.titles
+    )
+
+
+def pack(
+    examples: Sequence[Example],
+    tries: Mapping[str, CatalogueTrie],
+    title_tokens: Mapping[str, Sequence[Sequence[int]]],
+) -> Batch:
+    """Pack examples into rows as long as the longest of them, first fit by falling length.
+
+    Args:
+        examples: at least one.
+        tries: by catalogue.
+        title_tokens: by catalogue, the tokens of every item's title.
+    """
+    capacity = max(len(example.tokens) for example in examples)
+    rows: list[list[Example]] = []
+    free: list[int] = []
+    for example in sorted(examples, key=lambda e: -len(e.tokens)):
+        row = next((r for r, room in enumerate(free) if room >= len(example.tokens)), None)
+        if row is None:
+            rows.append([])
+            free.append(capacity)
+            row = len(rows) - 1
+        rows[row].append(example)
+        free[row] -= len(example.tokens)
+
+    input_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
+    position_ids = torch.zeros_like(input_ids)
+    segments = torch.full_like(input_ids, -1)  # padding sees only padding
+    found: dict[str, tuple[list[int], list[int], list[int]]] = {}
+    token_positions: list[int] = []
+    token_targets: list[int] = []
+    num_titles = 0
+    for row, row_examples in enumerate(rows):
+        offset = 0
+        for segment, example in enumerate(row_examples):
+            end = offset + len(example.tokens)
+            input_ids[row, offset:end] = torch.tensor(example.tokens)
+            position_ids[row, offset:end] = torch.arange(len(example.tokens))
+            segments[row, offset:end] = segment
+            positions, nodes, edges = found.setdefault(example.catalogue, ([], [], []))
+            for item, start in example.titles:
+                before = row * capacity + offset + start - 1  # predicts the title's first token
+                path = tries[example.catalogue].paths[item]
+                num_titles += bool(path.decisions)
+                for depth, node, edge in path.decisions:
+                    positions.append(before + depth)
+                    nodes.append(node)
+                    edges.append(edge)
+                for depth, token in enumerate(title_tokens[example.catalogue][item]):
+                    token_positions.append(before + depth)
+                    token_targets.append(token)
+            offset = end
+    mask = None
+    if any(len(row) > 1 for row in rows):
+        same = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
+        mask = (same & torch.ones(capacity, capacity, dtype=torch.bool).tril())[:, None]
+    return Batch(
+        input_ids=input_ids,
+        position_ids=position_ids if mask is not None else None,
+        mask=mask,
+        decisions={
+            name: Decisions(*(torch.tensor(values, dtype=torch.long) for values in lists))
+            for name, lists in found.items()
+        },
+        token_positions=torch.tensor(token_positions, dtype=torch.long),
+        token_targets=torch.tensor(token_targets, dtype=torch.long),
+        num_titles=num_titles,
+        num_tokens=sum(len(example.tokens) for example in examples),
+    )

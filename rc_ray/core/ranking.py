@@ -1,0 +1,210 @@
+"""Score and order candidates: the only inference path, for validation, test, merging and serving.
+
+All candidates of a request are scored in one forward pass: the prompt once, then the candidates'
+trie nodes packed behind it under a tree attention mask. Each node sees the prompt and its own
+ancestors, and its position is prompt length + depth.
+
+Letters: B rows, T tokens, C candidates, I items, V catalogue tokens, M visits, D decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rc_ray.core.model import LanguageModel
+from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.trie import CatalogueTrie, TreeLayout
+
+MAX_TREE_NODES = 1024
+"""Longer candidate lists are scored in several rows, since attention grows with the square."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One prompt with some of its candidates."""
+
+    request: int
+    prompt: list[int]
+    candidates: list[int]
+    places: list[int]
+    """Where these candidates stand in the request's list."""
+    layout: TreeLayout
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.layout.tokens)
+
+
+class Ranker:
+    """Scores titles of one domain's catalogue under whatever adapters are active.
+
+    Args:
+        lm: the base LLM.
+        domain: name of the domain, as in training prompts.
+        titles: of all items, by item index.
+        renderer: style and tokenizer.
+        max_titles: history titles that a prompt takes, the latest ones.
+        tokens_per_batch: padded tokens of one forward pass.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        domain: str,
+        titles: Sequence[str],
+        renderer: PromptRenderer,
+        *,
+        max_titles: int = 15,
+        tokens_per_batch: int = 4096,
+    ) -> None:
+        self.lm = lm
+        self.domain = domain
+        self.titles = list(titles)
+        self.renderer = renderer
+        self.max_titles = max_titles
+        self.tokens_per_batch = tokens_per_batch
+        self.trie = CatalogueTrie([renderer.title(title) for title in titles])
+        self._rows = lm.output_rows(self.trie.vocabulary_ids)  # (V, H)
+
+    def log_likelihoods(
+        self, histories: Sequence[Sequence[str]], candidates: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Log p(title | history) over the whole catalogue's trie, in nats.
+
+        Args:
+            histories: titles, oldest first, one list per request.
+            candidates: item indices, one list per request.
+
+        Returns:
+            One (C,) fp32 tensor per request, on the model's device. Differentiable if gradients
+            are enabled.
+        """
+        rows = [
+            row
+            for request, (history, items) in enumerate(zip(histories, candidates, strict=True))
+            for row in self._split(request, history, items)
+        ]
+        results = [torch.zeros(len(items), device=self.lm.device) for items in candidates]
+        for group in self._groups(rows):
+            for row, scores in zip(group, self._score(group), strict=True):
+                places = torch.tensor(row.places, dtype=torch.long, device=scores.device)
+                request = row.request
+                results[request] = results[request].index_put((places,), scores)
+        return results
+
+    def empty_log_likelihoods(self) -> Tensor:
+        """Log p(title | empty history) of every item, (I,); depends on adapter and titles only."""
+        return self.log_likelihoods([[]], [range(len(self.titles))])[0]
+
+    def _split(self, request: int, history: Sequence[str], items: Sequence[int]) -> list[_Row]:
+        recent = list(history)[-self.max_titles :]
+        listed = [self.titles[item] for item in items] if recent else None
+        prompt = self.renderer.prompt(self.domain, recent, listed)
+        # Neighbours by leaf share ancestors, so sorted chunks hold fewer nodes.
+        order = sorted(range(len(items)), key=lambda place: self.trie.paths[items[place]].nodes)
+        chunks: list[list[int]] = [[]]
+        num_nodes, seen = 0, set[int]()
+        for place in order:
+            new = set(self.trie.paths[items[place]].nodes) - seen
+            if chunks[-1] and num_nodes + len(new) > MAX_TREE_NODES:
+                chunks.append([])
+                num_nodes, seen = 0, set()
+                new = set(self.trie.paths[items[place]].nodes)
+            chunks[-1].append(place)
+            num_nodes += len(new)
+            seen |= new
+        return [
+            _Row(
+                request=request,
+                prompt=prompt,
+                candidates=[items[place] for place in places],
+                places=places,
+                layout=self.trie.layout([items[place] for place in places]),
+            )
+            for places in chunks
+            if places
+        ]
+
+    def _groups(self, rows: list[_Row]) -> list[list[_Row]]:
+        """Rows of like length together, padded to at most `tokens_per_batch` tokens."""
+        groups: list[list[_Row]] = []
+        for row in sorted(rows, key=lambda row: row.length):
+            if groups and row.length * (len(groups[-1]) + 1) <= self.tokens_per_batch:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return groups
+
+    def _score(self, rows: list[_Row]) -> list[Tensor]:
+        length = max(row.length for row in rows)
+        input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+        position_ids = torch.zeros_like(input_ids)
+        mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself
+        visits: list[int] = []
+        nodes: list[int] = []
+        for index, row in enumerate(rows):
+            start, end = len(row.prompt), row.length
+            input_ids[index, :start] = torch.tensor(row.prompt)
+            input_ids[index, start:end] = torch.tensor(row.layout.tokens, dtype=torch.long)
+            position_ids[index, :start] = torch.arange(start)
+            depths = torch.tensor(row.layout.depths, dtype=torch.long)
+            position_ids[index, start:end] = start + depths - 1
+            mask[index, :start, :start] = torch.ones(start, start, dtype=torch.bool).tril()
+            mask[index, start:end, :start] = True
+            mask[index, start:end, start:end] = row.layout.ancestors
+            visits.extend(index * length + start + slot for slot in row.layout.visit_slots)
+            nodes.extend(row.layout.visit_nodes)
+        device = self.lm.device
+        hidden = self.lm.hidden(
+            input_ids.to(device), position_ids.to(device), mask[:, None].to(device)
+        )
+        flat = hidden.reshape(-1, hidden.shape[-1])  # (B * T, H)
+        logits = flat[torch.tensor(visits, dtype=torch.long, device=device)].float() @ self._rows.T
+        visited = torch.tensor(nodes, dtype=torch.long, device=device)
+        values, starts = self.trie.edge_log_probs(logits, visited, with_prior=False)
+        return self._sum_decisions(rows, visited, values, starts)
+
+    def _sum_decisions(
+        self, rows: list[_Row], visited: Tensor, values: Tensor, starts: Tensor
+    ) -> list[Tensor]:
+        first_candidate, first_visit = 0, 0
+        owner: list[int] = []
+        visit: list[int] = []
+        edge: list[int] = []
+        for row in rows:
+            owner.extend(first_candidate + c for c in row.layout.decision_candidates)
+            visit.extend(first_visit + v for v in row.layout.decision_visits)
+            edge.extend(row.layout.decision_edges)
+            first_candidate += len(row.candidates)
+            first_visit += len(row.layout.visit_nodes)
+        device = values.device
+        at, edges = torch.tensor([visit, edge], dtype=torch.long, device=device)  # (D,) each
+        chosen = values[starts[at] + edges - self.trie.first_edge.to(device)[visited[at]]]
+        owners = torch.tensor(owner, dtype=torch.long, device=device)
+        sums = torch.zeros(first_candidate, device=device).index_add(0, owners, chosen)
+        return list(sums.split([len(row.candidates) for row in rows]))
+
+
+def calibrated(
+    log_likelihood: np.ndarray,
+    empty_log_likelihood: np.ndarray,
+    log_prior: np.ndarray,
+    *,
+    alpha: float,
+    gamma: float,
+) -> np.ndarray:
+    """Log p(title | history) - alpha log p(title | empty history) + gamma log prior(title).
+
+    All three are aligned arrays of one request's candidates, in nats.
+    """
+    return log_likelihood - alpha * empty_log_likelihood + gamma * log_prior
+
+
+def best_first(scores: np.ndarray, item_ids: Sequence[str]) -> list[int]:
+    """Places of the candidates from best to worst; equal scores in the order of item ids."""
+    return sorted(range(len(scores)), key=lambda place: (-float(scores[place]), item_ids[place]))

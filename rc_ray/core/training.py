@@ -1,0 +1,319 @@
+"""LoRA training: what a step sees, its loss, and the step loop as a generator of metrics.
+
+The engine protocol is that of DeepSpeed: call, `backward(loss)`, `step()`. `TorchEngine` implements
+it for one device. The global batch at step n is a function of the seed and n alone, whatever the
+number of workers, and the loss is divided by the targets of the *global* batch.
+
+Letters: B rows, T tokens, H hidden size, V catalogue tokens, D trie decisions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from rc_ray.config import TrainingConfig
+from rc_ray.core.batches import Batch, Example, count_targets, pack
+from rc_ray.core.domains import Domain
+from rc_ray.core.model import decoder_hidden, output_rows
+from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.trie import CatalogueTrie
+
+NUM_LISTED_NEGATIVES = 19
+
+
+class StepMetrics(TypedDict):
+    """What one optimiser step leaves; the sum of `loss` over workers is the global mean."""
+
+    step: int
+    loss: float
+    """This worker's share of the mean negative log-likelihood, nats per title (`trie`) or token."""
+    num_titles: int
+    num_tokens: int
+    learning_rate: float
+    seconds: float
+
+
+class Engine(Protocol):
+    """What the step loop needs; a DeepSpeed engine is one."""
+
+    def __call__(self, batch: Batch) -> Tensor: ...
+
+    def backward(self, loss: Tensor) -> Any: ...
+
+    def step(self) -> Any: ...
+
+
+class TrainingPlan:
+    """The examples of every step, drawn from the training histories of some domains.
+
+    Histories of all domains are pooled; each epoch is one seeded permutation of them.
+
+    Args:
+        domains: prepared domains.
+        renderer: of the style in `config`.
+        config: style, batch size and length limits.
+        seed: of permutations, crops and listed candidates.
+
+    Raises:
+        ValueError: no domain has a training history of two titles.
+    """
+
+    def __init__(
+        self,
+        domains: Sequence[Domain],
+        renderer: PromptRenderer,
+        config: TrainingConfig,
+        seed: int,
+    ) -> None:
+        self.config = config
+        self.renderer = renderer
+        self.seed = seed
+        self.domains = {domain.name: domain for domain in domains}
+        self.title_tokens = {
+            domain.name: [renderer.title(title) for title in domain.titles] for domain in domains
+        }
+        self.tries = {
+            domain.name: CatalogueTrie(self.title_tokens[domain.name], domain.num_train)
+            for domain in domains
+        }
+        self._histories = [
+            (domain.name, history)
+            for domain in domains
+            for history in domain.train
+            if len(history) > 1
+        ]
+        if not self._histories:
+            raise ValueError("no domain has a training history of two titles or more")
+        self._epochs: dict[int, np.ndarray] = {}
+
+    @property
+    def num_histories(self) -> int:
+        return len(self._histories)
+
+    def examples(self, step: int) -> list[Example]:
+        """The global batch of a step."""
+        size = self.config.batch_size
+        found = []
+        for slot in range(size):
+            epoch, place = divmod(step * size + slot, len(self._histories))
+            name, history = self._histories[int(self._permutation(epoch)[place])]
+            rng = np.random.default_rng((self.seed, 1, step, slot))
+            make = self._sequence if self.config.style == "sequence" else self._instruct
+            found.append(make(name, history, rng))
+        return found
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """One worker's share of a step: every `world_size`-th example by falling length."""
+        examples = sorted(self.examples(step), key=lambda example: -len(example.tokens))
+        return replace(
+            pack(examples[rank::world_size], self.tries, self.title_tokens),
+            num_global_titles=count_targets(examples, self.tries),
+            num_global_tokens=sum(
+                len(self.title_tokens[example.catalogue][item])
+                for example in examples
+                for item, _ in example.titles
+            ),
+        )
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            rng = np.random.default_rng((self.seed, 0, epoch))
+            # A batch may straddle two epochs, never three.
+            self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1}
+            self._epochs[epoch] = rng.permutation(len(self._histories))
+        return self._epochs[epoch]
+
+    def _sequence(self, name: str, history: Sequence[int], rng: np.random.Generator) -> Example:
+        limit = self.config.max_titles
+        if len(history) > limit:
+            start = int(rng.integers(len(history) - limit + 1))
+            history = history[start : start + limit]
+        header = self.renderer.header(name)
+        budget = self.config.max_tokens - len(header)
+        kept: list[int] = []
+        for item in reversed(history):  # the oldest titles go first
+            budget -= len(self.title_tokens[name][item])
+            if budget < 0:
+                break
+            kept.insert(0, item)
+        tokens, titles = list(header), []
+        for item in kept:
+            titles.append((item, len(tokens)))
+            tokens.extend(self.title_tokens[name][item])
+        return Example(name, tuple(tokens), tuple(titles))
+
+    def _instruct(self, name: str, history: Sequence[int], rng: np.random.Generator) -> Example:
+        domain = self.domains[name]
+        place = int(rng.integers(1, len(history)))
+        target = history[place]
+        seen = set(history)
+        others = [item for item in range(len(domain.titles)) if item not in seen]
+        others = [item for item in others if not domain.cold[item]]
+        count = min(NUM_LISTED_NEGATIVES, len(others))
+        listed = [int(i) for i in rng.choice(others, size=count, replace=False)] + [target]
+        listed = [listed[int(i)] for i in rng.permutation(len(listed))]
+        shown = list(history[max(0, place - self.config.max_titles) : place])
+        answer = self.title_tokens[name][target]
+        while True:
+            tokens = self.renderer.prompt(
+                name,
+                [domain.titles[item] for item in shown],
+                [domain.titles[item] for item in listed],
+            )
+            if len(tokens) + len(answer) <= self.config.max_tokens or not shown:
+                break
+            shown.pop(0)
+        return Example(name, (*tokens, *answer), ((target, len(tokens)),))
+
+
+class TrainingModule(nn.Module):
+    """A LoRA model whose forward pass is the loss of a batch.
+
+    Args:
+        model: the trainable model.
+        tries: by catalogue.
+        config: which loss.
+        world_size: workers whose gradients the engine averages.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tries: Mapping[str, CatalogueTrie],
+        config: TrainingConfig,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.world_size = world_size
+        self.tries = dict(tries)
+        # Frozen rows are copied once: the projection then costs the catalogue's tokens only, and
+        # ZeRO-3 need not gather the whole vocabulary at every step.
+        for name, trie in self.tries.items():
+            rows = output_rows(model, trie.vocabulary_ids)
+            self.register_buffer(f"rows_{name}", rows, persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of this share's negative log-likelihoods over the global number of targets.
+
+        Multiplied by the number of workers, since engines average gradients over them.
+        """
+        hidden = decoder_hidden(self.model, batch.input_ids, batch.position_ids, batch.mask)
+        flat = hidden.reshape(-1, hidden.shape[-1])  # (B * T, H)
+        if self.config.loss == "vocabulary":
+            base = self.model.get_base_model()
+            logits = base.get_output_embeddings()(flat[batch.token_positions])  # (Y, vocabulary)
+            total = nn.functional.cross_entropy(
+                logits.float(), batch.token_targets, reduction="sum"
+            )
+            return total * self.world_size / max(batch.num_global_tokens, 1)
+        total = flat.sum() * 0.0
+        for name, decisions in batch.decisions.items():
+            rows: Tensor = getattr(self, f"rows_{name}")
+            logits = flat[decisions.positions].float() @ rows.float().T  # (D, V)
+            total = (
+                total
+                - self.tries[name]
+                .decision_log_probs(
+                    logits, decisions.nodes, decisions.edges, with_prior=self.config.prior_in_loss
+                )
+                .sum()
+            )
+        return total * self.world_size / max(batch.num_global_titles, 1)
+
+
+class TorchEngine:
+    """The engine protocol on one device, with gradient clipping and a learning-rate schedule."""
+
+    def __init__(self, module: TrainingModule, config: TrainingConfig) -> None:
+        self.module = module
+        self.max_grad_norm = config.max_grad_norm
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.parameters, config)
+        self.schedule = make_schedule(self.optimizer, config)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.module(batch)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over the LoRA parameters."""
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.999)
+    )
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then the configured decay to a tenth of the peak."""
+    warmup = max(1, round(config.warmup_fraction * config.num_steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, config.num_steps - warmup))
+        if config.schedule == "cosine":
+            return 0.1 + 0.45 * (1.0 + math.cos(math.pi * progress))
+        return 1.0 - 0.9 * progress if config.schedule == "linear" else 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_steps(
+    engine: Engine,
+    plan: TrainingPlan,
+    *,
+    device: torch.device,
+    learning_rate: Any,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[StepMetrics]:
+    """Run the remaining optimiser steps, yielding after each.
+
+    Args:
+        engine: call, backward, step.
+        plan: gives the batch of each step.
+        device: where batches go.
+        learning_rate: called without arguments, the rate that the coming step uses.
+        start_step: first step to run; a resumed run passes the number of steps done.
+        rank: of this worker.
+        world_size: number of workers.
+    """
+    for step in range(start_step, plan.config.num_steps):
+        start = time.perf_counter()
+        torch.manual_seed((plan.seed * 1_000_003 + step) * 1_009 + rank)  # dropout, exact on resume
+        batch = plan.batch(step, rank, world_size).to(device)
+        rate = float(learning_rate())
+        loss = engine(batch)
+        engine.backward(loss)
+        engine.step()
+        yield StepMetrics(
+            step=step,
+            loss=loss.detach().item() / world_size,
+            num_titles=batch.num_titles,
+            num_tokens=batch.num_tokens,
+            learning_rate=rate,
+            seconds=time.perf_counter() - start,
+        )

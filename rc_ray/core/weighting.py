@@ -1,0 +1,98 @@
+"""Label-free merge weights: per linear layer, the mixture that makes predictions least uncertain.
+
+RecCocktail (arXiv 2502.08271) after AdaMerging (arXiv 2310.02575): `lambda[l] = softmax(w[l] / T)`,
+w starts equal, and Adam lowers the mean entropy of the predictions on unlabeled prompts. Here the
+prediction is the trie likelihood of the prompt's candidates, normalised over them: one pass per
+prompt, no generation.
+
+Letters: L adapted linear layers, K adapters, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rc_ray.config import MergeConfig
+from rc_ray.core.model import Adapter, AdapterMix
+from rc_ray.core.ranking import Ranker
+
+
+@dataclass(frozen=True)
+class UnlabeledPrompt:
+    """A history and a candidate list; nobody says which candidate was chosen."""
+
+    history: tuple[str, ...]
+    candidates: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WeightingStep:
+    """State after one optimiser step."""
+
+    step: int
+    entropy: float
+    """Mean entropy of the batch before the step, in nats; at most log C."""
+    weights: dict[str, list[float]]
+    """Layer name -> K weights after the step; they sum to 1."""
+
+
+def entropy(log_likelihood: Tensor) -> Tensor:
+    """Entropy in nats of log-likelihoods (C,) normalised over the candidates: scalar."""
+    log_p = torch.log_softmax(log_likelihood, dim=-1)
+    return -(log_p.exp() * log_p).sum()
+
+
+def num_weighting_steps(num_prompts: int, config: MergeConfig) -> int:
+    """Optimiser steps that `learn_weights` will take."""
+    return config.num_epochs * -(-num_prompts // config.batch_size)
+
+
+def learn_weights(
+    ranker: Ranker,
+    adapters: Sequence[Adapter],
+    prompts: Sequence[UnlabeledPrompt],
+    config: MergeConfig,
+    seed: int,
+) -> Iterator[WeightingStep]:
+    """Lower the mean prediction entropy step by step; the last yield holds the result.
+
+    Args:
+        ranker: of the target domain; its base LLM carries no other adapter meanwhile.
+        adapters: spirit and ingredient, or any K.
+        prompts: of users that are never scored.
+        config: epochs, batch size, learning rate, temperature.
+        seed: order of the prompts.
+
+    Raises:
+        ValueError: there are no prompts.
+    """
+    if not prompts:
+        raise ValueError("the merge needs unlabeled prompts; the domain has none")
+    mix = AdapterMix(adapters)
+    logits = torch.zeros(len(mix.modules), len(adapters), device=ranker.lm.device)
+    logits.requires_grad_(True)
+    optimizer = torch.optim.Adam([logits], lr=config.learning_rate)
+    step = 0
+    for epoch in range(config.num_epochs):
+        order = np.random.default_rng((seed, epoch)).permutation(len(prompts))
+        for start in range(0, len(order), config.batch_size):
+            batch = [prompts[int(i)] for i in order[start : start + config.batch_size]]
+            weights = torch.softmax(logits / config.temperature, dim=-1)  # (L, K)
+            with ranker.lm.using(mix.with_weights(weights)), torch.enable_grad():
+                scores = ranker.log_likelihoods(
+                    [prompt.history for prompt in batch], [prompt.candidates for prompt in batch]
+                )
+                loss = torch.stack([entropy(score) for score in scores]).mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                learned = torch.softmax(logits / config.temperature, dim=-1).cpu()
+            rows = learned.double().tolist()
+            yield WeightingStep(step, float(loss), dict(zip(mix.modules, rows, strict=True)))
+            step += 1

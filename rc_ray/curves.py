@@ -1,0 +1,51 @@
+"""What a training run leaves beside its adapter: the settings that shaped it and its loss curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rc_ray.artifacts import write_text
+from rc_ray.config import Experiment, TrainingConfig
+from rc_ray.errors import ArtifactError
+from rc_ray.progress import JsonlTail
+
+
+def shaping_config(training: TrainingConfig, experiment: Experiment) -> dict[str, Any]:
+    """The settings that decide what a training run results in; those of its execution do not."""
+    fields = set(TrainingConfig.model_fields)
+    return {
+        "training": training.model_dump(mode="json", include=fields),
+        "model": experiment.model.model_dump(mode="json"),
+    }
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file in the order of steps; of a step that was run again, the last row."""
+    rows = {row["step"]: row for row in JsonlTail(path).read_new() if "step" in row}
+    return [rows[step] for step in sorted(rows)]
+
+
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a manifest says about a training run.
+
+    Raises:
+        ArtifactError: there are no rows.
+    """
+    if not rows:
+        raise ArtifactError("the metrics of the training run are lost; run it again with --force")
+    last = rows[-max(1, len(rows) // 10) :]
+    seconds = sum(row["seconds"] for row in rows)
+    tokens = sum(row["num_tokens"] for row in rows)
+    return {
+        "final_loss": sum(row["loss"] for row in last) / len(last),
+        "num_steps": rows[-1]["step"] + 1,
+        "seconds": round(seconds, 3),
+        "tokens": tokens,
+        "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
+    }

@@ -1,0 +1,347 @@
+"""One process that trains a LoRA: build its engine, step, save, resume. Shared by train and tune.
+
+With DeepSpeed every rank is one `Learner`; with `TorchEngine` there is one. DeepSpeed is imported
+when it is asked for: trials, tests and tools that do not train with it never pay for it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+
+from rc_ray.artifacts import read_json, write_json
+from rc_ray.assets import model_dir
+from rc_ray.config import DeepSpeedConfig, TrainingConfig
+from rc_ray.core.domains import Domain
+from rc_ray.core.model import (
+    Adapter,
+    LanguageModel,
+    LoraPair,
+    load_adapter,
+    save_adapter,
+    with_lora,
+)
+from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.training import (
+    Engine,
+    StepMetrics,
+    TorchEngine,
+    TrainingModule,
+    TrainingPlan,
+    make_optimizer,
+    make_schedule,
+    train_steps,
+)
+from rc_ray.errors import ArtifactError, ConfigError
+
+_STATE = "state.json"
+_TORCH_STATE = "optimizer.pt"
+
+
+def prepare_process(num_cpus: float) -> None:
+    """Give this process its share of the processor."""
+    torch.set_num_threads(max(1, int(num_cpus)))
+
+
+def local_model_dir(driver_dir: str, path: str) -> Path:
+    """The base model's folder: the driver's where this node sees it, else this node's own copy.
+
+    Raises:
+        ArtifactError: this node cannot get the model.
+    """
+    folder = Path(driver_dir)
+    return folder if (folder / "config.json").exists() else model_dir(path)
+
+
+def load_deepspeed(*, use_gpu: bool) -> Any:
+    """Import DeepSpeed, on the processor without compiling anything.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed.
+    """
+    if not use_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise ConfigError(
+            f"`train.engine: deepspeed` needs DeepSpeed ({error}); install it or set "
+            "`train.engine: torch` with one worker"
+        ) from None
+    if not use_gpu:
+        # Its shared-memory all-reduce would be compiled with g++ for half a minute at first use;
+        # gloo gives the same sums.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def deepspeed_settings(
+    settings: DeepSpeedConfig, config: TrainingConfig, *, dtype: torch.dtype, world_size: int
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a LoRA run."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if settings.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": config.batch_size // world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        # torch's AdamW: DeepSpeed's own is compiled at first use, and LoRA's states are small.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+@dataclass
+class Learner:
+    """One worker's share of a training run; see `build_learner`."""
+
+    peft_model: PeftModel
+    engine: Engine
+    module: TrainingModule
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    plan: TrainingPlan
+    device: torch.device
+    base_name: str
+    kind: str
+    """Engine, sharding and precision; an optimiser state is of use to the same kind alone."""
+    deepspeed: Any = None
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
+    """Steps that a loaded checkpoint had done."""
+    note: str | None = None
+    """What a person should know about how the run was resumed."""
+
+    def steps(self) -> Iterator[StepMetrics]:
+        """Run the remaining steps."""
+        self.module.train()
+        return train_steps(
+            self.engine,
+            self.plan,
+            device=self.device,
+            learning_rate=lambda: self.schedule.get_last_lr()[0],
+            start_step=self.start_step,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def adapter(self) -> Adapter:
+        """The LoRA as it is now, gathered over the workers: every rank must call.
+
+        Raises:
+            ArtifactError: a matrix does not have its layer's shape.
+        """
+        trainable = [p for p in self.module.parameters() if p.requires_grad]
+        sharded = any(hasattr(parameter, "ds_id") for parameter in trainable)
+        with self.deepspeed.zero.GatheredParameters(trainable) if sharded else nullcontext():
+            return _read_adapter(self.peft_model)
+
+    def save(self, folder: Path, num_steps_done: int) -> None:
+        """Write a checkpoint: every rank calls, with a folder of its own or a shared one.
+
+        Rank 0 writes the adapter (in PEFT form) and what describes the checkpoint, every rank its
+        share of the optimiser state.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = self.adapter()
+        if self.rank == 0:
+            save_adapter(folder / "adapter", adapter, self.base_name)
+            write_json(
+                folder / _STATE,
+                {
+                    "num_steps_done": num_steps_done,
+                    "kind": self.kind,
+                    "world_size": self.world_size,
+                },
+            )
+        if isinstance(self.engine, TorchEngine):
+            state = {
+                "optimizer": self.engine.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+            }
+            torch.save(state, folder / _TORCH_STATE)
+        else:
+            engine: Any = self.engine
+            engine.save_checkpoint(
+                str(folder / "deepspeed"),
+                tag="last",
+                client_state={"num_steps_done": num_steps_done},
+                exclude_frozen_parameters=True,
+            )
+
+
+def build_learner(
+    lm: LanguageModel,
+    domains: Sequence[Domain],
+    config: TrainingConfig,
+    *,
+    seed: int,
+    base_name: str,
+    deepspeed: DeepSpeedConfig | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    checkpoint: Path | None = None,
+) -> Learner:
+    """Put a LoRA on `lm` and make it ready to train.
+
+    Args:
+        lm: the base; its model carries the LoRA until `peft_model.unload()`.
+        domains: whose training histories are pooled.
+        config: of the run.
+        seed: of the LoRA's first values and of every batch.
+        base_name: what the saved adapter calls its base.
+        deepspeed: settings; None trains with `TorchEngine`.
+        rank: of this worker.
+        world_size: number of workers; above 1 `torch.distributed` must be up.
+        checkpoint: folder that `Learner.save` wrote, to go on from. The optimiser state is used if
+            the engine and the number of workers are the same, else the weights alone.
+
+    Raises:
+        ArtifactError: the checkpoint is damaged.
+        ValueError: the LoRA does not fit the model, or there is nothing to train on.
+    """
+    plan = TrainingPlan(domains, PromptRenderer(lm.tokenizer, config.style), config, seed)
+    precision = str(lm.dtype).removeprefix("torch.")
+    sharding = "torch"
+    if deepspeed is not None:
+        offloaded = " offloaded" if deepspeed.offload == "cpu" else ""
+        sharding = f"deepspeed zero-{deepspeed.zero_stage}{offloaded}"
+    kind = f"{sharding} in {precision}"
+    peft_model = with_lora(lm.model, config.lora, seed)
+    start_step, note, full = 0, None, False
+    if checkpoint is not None:
+        state = read_json(checkpoint / _STATE)
+        start_step = int(state["num_steps_done"])
+        full = (state["kind"], state["world_size"]) == (kind, world_size)
+        _write_adapter(peft_model, load_adapter(checkpoint / "adapter"), checkpoint / "adapter")
+        if not full and start_step < config.num_steps:
+            note = (
+                f"resumed at step {start_step} with the weights alone: the optimiser state is of "
+                f"{state['world_size']} worker(s) with {state['kind']}, this run has {world_size} "
+                f"with {kind}"
+            )
+    module = TrainingModule(peft_model, plan.tries, config, world_size).to(lm.device)
+    library = None
+    engine: Engine
+    if deepspeed is None:
+        engine = TorchEngine(module, config)
+        schedule = engine.schedule
+    else:
+        library = load_deepspeed(use_gpu=lm.device.type == "cuda")
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = make_optimizer(parameters, config)
+        schedule = make_schedule(optimizer, config)
+        engine, *_ = library.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=deepspeed_settings(deepspeed, config, dtype=lm.dtype, world_size=world_size),
+            dist_init_required=False,
+        )
+    learner = Learner(
+        peft_model=peft_model,
+        engine=engine,
+        module=module,
+        schedule=schedule,
+        plan=plan,
+        device=lm.device,
+        base_name=base_name,
+        kind=kind,
+        deepspeed=library,
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+        note=note,
+    )
+    if checkpoint is not None:
+        if full:
+            _load_optimizer(learner, checkpoint)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that no optimiser step came before: it did, once
+                for _ in range(start_step):
+                    schedule.step()
+    return learner
+
+
+def check_trained(adapter: Adapter, folder: Path) -> None:
+    """Refuse an adapter that changes nothing, which a run that lost its weights would save.
+
+    Raises:
+        ArtifactError: every `lora_B` is zero.
+    """
+    if not any(bool(pair.b.any()) for pair in adapter.modules.values()):
+        raise ArtifactError(f"{folder}: every lora_B is zero; the run has trained nothing")
+
+
+def _load_optimizer(learner: Learner, checkpoint: Path) -> None:
+    try:
+        if isinstance(learner.engine, TorchEngine):
+            state = torch.load(
+                checkpoint / _TORCH_STATE, map_location=learner.device, weights_only=True
+            )
+            learner.engine.optimizer.load_state_dict(state["optimizer"])
+            learner.schedule.load_state_dict(state["schedule"])
+            return
+        engine: Any = learner.engine
+        path, _ = engine.load_checkpoint(
+            str(checkpoint / "deepspeed"), tag="last", load_module_strict=False
+        )
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError) as error:
+        raise ArtifactError(
+            f"{checkpoint}: damaged checkpoint ({error}); run the stage again with --force"
+        ) from error
+    if path is None:
+        raise ArtifactError(f"{checkpoint}: no checkpoint of rank {learner.rank} in it")
+
+
+def _read_adapter(peft_model: PeftModel) -> Adapter:
+    """Copy the LoRA matrices off a PEFT model, in fp32, checking each against its layer."""
+    modules = {}
+    state: dict[str, Tensor] = get_peft_model_state_dict(peft_model)
+    layers = dict(peft_model.get_base_model().named_modules())
+    for key in sorted(key for key in state if key.endswith(".lora_A.weight")):
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        a, b = state[key], state[key.replace(".lora_A.", ".lora_B.")]
+        layer: Any = layers[name]
+        rank = int(layer.r["default"])
+        wanted = (rank, layer.in_features), (layer.out_features, rank)
+        if (tuple(a.shape), tuple(b.shape)) != wanted:
+            raise ArtifactError(
+                f"layer {name}: LoRA matrices of shape {tuple(a.shape)} and {tuple(b.shape)}, "
+                f"expected {wanted[0]} and {wanted[1]}"
+            )
+        modules[name] = LoraPair(
+            a=a.detach().to("cpu", torch.float32, copy=True),
+            b=b.detach().to("cpu", torch.float32, copy=True),
+            scale=float(layer.scaling["default"]),
+        )
+    return Adapter(modules)
+
+
+def _write_adapter(peft_model: PeftModel, adapter: Adapter, folder: Path) -> None:
+    layers = dict(peft_model.get_base_model().named_modules())
+    for name, pair in adapter.modules.items():
+        layer: Any = layers.get(name)
+        if not hasattr(layer, "lora_A"):
+            raise ArtifactError(f"{folder}: has a LoRA for {name}, which this run does not adapt")
+        with torch.no_grad():
+            layer.lora_A["default"].weight.copy_(pair.a)
+            layer.lora_B["default"].weight.copy_(pair.b)

@@ -1,0 +1,291 @@
+"""Ray actors rank the test candidates of every domain with every system; the tables follow.
+
+An actor loads the base once, folds one adapter after another into it and scores shards of users
+(rc_ray/shards.py). Each shard is a file, so a killed evaluation goes on where it was. What the
+scores mean is decided in rc_ray/comparison.py. Ray is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from rc_ray import artifacts
+from rc_ray.artifacts import RunFolder
+from rc_ray.comparison import DomainScores, SystemScores, calibration, compare, popularity
+from rc_ray.config import Experiment, System
+from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
+from rc_ray.errors import UserError
+from rc_ray.progress import Progress
+from rc_ray.session import require_resources
+from rc_ray.shards import Group, Shard, read_group, shards_of
+
+_ADAPTERS: dict[System, str] = {
+    "base": "",
+    "spirit": "spirit",
+    "ingredient": "ingredients/{domain}",
+    "uniform": "cocktails/{domain}/uniform",
+    "cocktail": "cocktails/{domain}",
+}
+"""Where a system's adapter lies in the run folder."""
+
+
+class EvaluationFailed(UserError):
+    """A shard could not be scored; finished shards are kept."""
+
+
+def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Path:
+    """Score, calibrate on validation users, and compare on test users, warm and cold.
+
+    Call inside `ray_session`.
+
+    Args:
+        experiment: the whole experiment.
+        force: score anew although finished scores are there.
+        console: shows progress.
+
+    Returns:
+        The folder with `results.parquet`, `differences.parquet`, `ranks.parquet` and
+        `calibration.json`.
+
+    Raises:
+        ArtifactError: a stage before this one has not finished.
+        ConfigError: the cluster has no room for a single actor.
+        EvaluationFailed: scoring failed.
+    """
+    folder = RunFolder(experiment.run_dir.absolute())
+    target = folder.evaluate_dir
+    console.stage("evaluate: every system on the frozen candidates")
+    config = {
+        "evaluate": experiment.evaluate.model_dump(
+            mode="json", exclude={"num_actors", "cpus_per_actor", "gpus_per_actor"}
+        ),
+        "style": experiment.tune.style,
+        "model": experiment.model.model_dump(mode="json"),
+    }
+    inputs = _inputs(experiment, folder)
+    mark = artifacts.fingerprint(config=config, seed=experiment.seed, inputs=inputs)
+    if not force and artifacts.is_finished(target, mark):
+        console.note(f"{target} is up to date")
+        return target
+    start = time.monotonic()
+    domains = {name: read_domain(folder.domain_dir(name)) for name in experiment.data.ingredients}
+    groups = plan_groups(experiment, folder, domains, inputs)
+    num_users = score_all(experiment, groups, force=force, console=console)
+    seconds = time.monotonic() - start
+    tables = compare(
+        [
+            _domain_scores(experiment, domain, [g for g in groups if g.domain == name])
+            for name, domain in domains.items()
+        ],
+        experiment.evaluate,
+        experiment.seed,
+    )
+    with artifacts.replaced_dir(target) as work:
+        pq.write_table(tables.results, work / "results.parquet")
+        pq.write_table(tables.differences, work / "differences.parquet")
+        pq.write_table(tables.ranks, work / "ranks.parquet")
+        artifacts.write_json(work / "calibration.json", tables.calibration)
+        artifacts.write_manifest(
+            work,
+            stage="evaluate",
+            config=config,
+            seed=experiment.seed,
+            inputs=inputs,
+            metrics={
+                "seconds": round(seconds, 1),
+                "scored": num_users,
+                "users_per_s": round(num_users / seconds, 2),
+            },
+        )
+    return target
+
+
+def plan_groups(
+    experiment: Experiment,
+    folder: RunFolder,
+    domains: dict[str, Domain],
+    inputs: dict[str, str],
+) -> list[Group]:
+    """One group of shards per (domain, system that needs the LLM).
+
+    A group's folder is named after everything that shapes its scores: a new ingredient makes its
+    own scores and the mixes' stale, not those of the base or the spirit.
+    """
+    settings = experiment.evaluate
+    groups = []
+    for name, domain in domains.items():
+        cases = chosen_cases(experiment, domain)
+        for system in settings.systems:
+            if system == "popularity":
+                continue
+            adapter = _ADAPTERS[system].format(domain=name)
+            shaping = {
+                "model": experiment.model.model_dump(mode="json"),
+                "style": experiment.tune.style,
+                "max_titles": settings.max_titles,
+                "domain": inputs[f"data/{name}"],
+                "adapter": inputs.get(adapter.removesuffix("/uniform"), "") + adapter,
+                "cases": {
+                    split: [case.user_id for case in found] for split, found in cases.items()
+                },
+            }
+            groups.append(
+                Group(
+                    domain=name,
+                    system=system,
+                    domain_dir=folder.domain_dir(name),
+                    adapter_dir=folder.root / adapter if adapter else None,
+                    folder=folder.root / "evaluate.work" / artifacts.digest(shaping)[:16],
+                    cases=cases,
+                    style=experiment.tune.style,
+                    max_titles=settings.max_titles,
+                    tokens_per_batch=settings.tokens_per_batch,
+                )
+            )
+    return groups
+
+
+def chosen_cases(experiment: Experiment, domain: Domain) -> dict[str, list[RankingCase]]:
+    """Validation, warm and cold cases that are ranked; never those of unlabeled users."""
+    settings, seed = experiment.evaluate, experiment.seed
+    return {
+        "valid": sample(domain.cases("valid", "warm"), settings.num_valid_users, seed),
+        "warm": sample(domain.cases("test", "warm"), settings.num_test_users, seed),
+        "cold": sample(domain.cases("test", "cold"), settings.num_test_users, seed),
+    }
+
+
+def score_all(
+    experiment: Experiment, groups: list[Group], *, force: bool, console: Progress
+) -> int:
+    """Score every shard that is not on disk; the number of (user, system) pairs scored.
+
+    Raises:
+        EvaluationFailed: a shard failed, or its actor died more than twice.
+    """
+    if force:
+        for group in groups:
+            group.clear()
+    everything = [shard for group in groups for shard in shards_of(group)]
+    pending = [shard for shard in everything if not shard.path.exists()]
+    total = sum(shard.num_users for shard in everything)
+    done = total - sum(shard.num_users for shard in pending)
+    if not pending:
+        console.note(f"all {total} scores are there already")
+        return 0
+    import ray
+
+    from rc_ray.assets import model_dir
+    from rc_ray.shards import ShardScorer
+
+    settings = experiment.evaluate
+    require_resources(
+        "`evaluate.cpus_per_actor` and `evaluate.gpus_per_actor`",
+        cpus=settings.cpus_per_actor,
+        gpus=settings.gpus_per_actor,
+        count=settings.num_actors or 1,
+    )
+    actor_class = ray.remote(ShardScorer).options(
+        num_cpus=settings.cpus_per_actor,
+        num_gpus=settings.gpus_per_actor,
+        max_restarts=2,
+        max_task_retries=2,
+    )
+    actors = [
+        actor_class.remote(
+            str(model_dir(experiment.model.path, console.note)),
+            experiment.model.dtype,
+            settings.cpus_per_actor,
+            settings.gpus_per_actor > 0,
+        )
+        for _ in range(min(_num_actors(experiment), len(pending)))
+    ]
+    task = console.task("users x systems", total)
+    task.update(done)
+    running: dict[Any, tuple[Any, Shard]] = {}
+    try:
+        for actor in actors:
+            shard = _next_shard(pending, None)
+            if shard is not None:
+                running[actor.score.remote(shard)] = actor, shard
+        while running:
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            actor, shard = running.pop(ready)
+            try:
+                problem = ray.get(ready)
+            except ray.exceptions.RayError as error:
+                problem = f"its process died: {str(error).splitlines()[0]}"
+            if problem:
+                raise EvaluationFailed(
+                    f"evaluate: {shard.group.domain}, {shard.group.system}: {problem}"
+                )
+            done += shard.num_users
+            task.update(done, now=f"{shard.group.domain} {shard.group.system}")
+            following = _next_shard(pending, shard.group)
+            if following is not None:
+                running[actor.score.remote(following)] = actor, following
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+    return total
+
+
+def _num_actors(experiment: Experiment) -> int:
+    import ray
+
+    settings = experiment.evaluate
+    if settings.num_actors is not None:
+        return settings.num_actors
+    there: dict[str, float] = ray.cluster_resources()
+    fits = there.get("CPU", 1.0) / settings.cpus_per_actor
+    if settings.gpus_per_actor:
+        fits = min(fits, there.get("GPU", 0.0) / settings.gpus_per_actor)
+    return max(1, int(fits))
+
+
+def _next_shard(pending: list[Shard], group: Group | None) -> Shard | None:
+    """A shard of the same group, whose adapter is in place, or else of the largest one left."""
+    if not pending:
+        return None
+    left: dict[Path, int] = {}
+    for shard in pending:
+        left[shard.group.folder] = left.get(shard.group.folder, 0) + 1
+    wanted = group.folder if group is not None and group.folder in left else None
+    if wanted is None:
+        wanted = max(left, key=lambda folder: left[folder])
+    shard = next(shard for shard in pending if shard.group.folder == wanted)
+    pending.remove(shard)
+    return shard
+
+
+def _inputs(experiment: Experiment, folder: RunFolder) -> dict[str, str]:
+    systems = set(experiment.evaluate.systems)
+    inputs = {}
+    if "spirit" in systems:
+        inputs["spirit"] = artifacts.manifest_digest(folder.spirit_dir)
+    for domain in experiment.data.ingredients:
+        inputs[f"data/{domain}"] = artifacts.manifest_digest(folder.domain_dir(domain))
+        if "ingredient" in systems:
+            path = folder.ingredient_dir(domain)
+            inputs[f"ingredients/{domain}"] = artifacts.manifest_digest(path)
+        if systems & {"uniform", "cocktail"}:
+            path = folder.cocktail_dir(domain)
+            inputs[f"cocktails/{domain}"] = artifacts.manifest_digest(path)
+    return inputs
+
+
+def _domain_scores(experiment: Experiment, domain: Domain, groups: list[Group]) -> DomainScores:
+    cases = chosen_cases(experiment, domain)
+    log_prior = domain.log_prior()
+    systems: dict[System, SystemScores] = {}
+    for system in experiment.evaluate.systems:
+        if system == "popularity":
+            systems[system] = popularity(cases, log_prior)
+        else:
+            group = next(group for group in groups if group.system == system)
+            systems[system] = calibration(read_group(group), cases, log_prior, experiment.evaluate)
+    return DomainScores(name=domain.name, cases=cases, systems=systems)

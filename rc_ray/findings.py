@@ -1,0 +1,165 @@
+"""Everything a report shows, read from a run folder and checked on the way in."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rc_ray.artifacts import MANIFEST, RunFolder, read_json
+from rc_ray.config import Experiment
+from rc_ray.curves import read_metrics
+from rc_ray.errors import ArtifactError
+from rc_ray.verdicts import Difference, Results, Score
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+"""Columns of the weight map, in the order in which a layer computes."""
+
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the merge of one domain learned."""
+
+    ingredient_weights: dict[tuple[int, str], float]
+    """By (layer, projection); the spirit has the rest of 1."""
+    entropy: Curve
+    """(step, mean entropy in nats)."""
+
+    def columns(self) -> list[str]:
+        """Projections that occur, known ones first."""
+        found = {projection for _, projection in self.ingredient_weights}
+        known = [name for name in PROJECTIONS if name in found]
+        return known + sorted(found - set(known))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """One run, ready to be told."""
+
+    experiment: Experiment
+    results: Results
+    calibration: dict[str, dict[str, dict[str, float]]]
+    """Domain -> system -> alpha, gamma."""
+    mixtures: dict[str, Mixture] = field(default_factory=dict)
+    losses: dict[str, Curve] = field(default_factory=dict)
+    """Name of the adapter -> (step, training loss in nats per title)."""
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Domain -> what `prepare` counted."""
+
+    @property
+    def command(self) -> str:
+        """The command that makes this run again, from the working folder of today."""
+        path = self.experiment.run_dir / "config.yaml"
+        if path.is_relative_to(Path.cwd()):
+            path = Path(os.path.relpath(path))
+        return f"rc-ray run {shlex.quote(str(path))} --force"
+
+
+def read_findings(experiment: Experiment) -> Findings:
+    """Read what the stages left in the run folder.
+
+    Raises:
+        ArtifactError: `evaluate` has not finished, or a file that is there is damaged.
+    """
+    run = RunFolder(experiment.run_dir)
+    mixtures = {}
+    for domain in experiment.data.ingredients:
+        if (run.cocktail_dir(domain) / MANIFEST).exists():
+            mixtures[domain] = _read_mixture(run.cocktail_dir(domain))
+    losses = {"spirit": _curve(run.spirit_dir / "metrics.jsonl", "loss")}
+    for domain in experiment.data.ingredients:
+        losses[domain] = _curve(run.ingredient_dir(domain) / "metrics.jsonl", "loss")
+    return Findings(
+        experiment=experiment,
+        results=read_results(run.evaluate_dir),
+        calibration=read_json(run.evaluate_dir / "calibration.json"),
+        mixtures=mixtures,
+        losses={name: curve for name, curve in losses.items() if curve},
+        data={
+            domain: read_json(run.domain_dir(domain) / MANIFEST).get("metrics", {})
+            for domain in experiment.data.domains
+            if (run.domain_dir(domain) / MANIFEST).exists()
+        },
+    )
+
+
+def read_results(evaluate_dir: Path) -> Results:
+    """Scores and paired differences of a finished evaluation.
+
+    Raises:
+        ArtifactError: a table is missing, damaged or lacks a column.
+    """
+    scores = {}
+    columns = ("domain", "split", "system", "metric")
+    for row in _rows(evaluate_dir / "results.parquet", (*columns, "value", "ci_low", "ci_high")):
+        key = (row["domain"], row["split"], row["system"], row["metric"])
+        scores[key] = Score(
+            value=row["value"],
+            low=row["ci_low"],
+            high=row["ci_high"],
+            num_users=row.get("num_users", 0),
+            num_candidates=row.get("num_candidates", 0),
+        )
+    differences = {}
+    pairs = ("domain", "split", "metric", "system_a", "system_b")
+    wanted = (*pairs, "difference", "ci_low", "ci_high")
+    for row in _rows(evaluate_dir / "differences.parquet", wanted):
+        pair = (row["domain"], row["split"], row["metric"], row["system_a"], row["system_b"])
+        differences[pair] = Difference(row["difference"], row["ci_low"], row["ci_high"])
+    return Results(scores=scores, differences=differences)
+
+
+def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: missing; run `rc-ray evaluate` first") from None
+    except (pa.ArrowException, OSError):
+        raise ArtifactError(f"{path}: damaged; run `rc-ray evaluate --force`") from None
+    absent = [name for name in columns if name not in table.column_names]
+    if absent:
+        raise ArtifactError(
+            f"{path}: lacks the column {', '.join(absent)}; run `rc-ray evaluate --force`"
+        )
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def _read_mixture(folder: Path) -> Mixture:
+    path = folder / "weights.json"
+    raw = read_json(path)
+    weights: dict[tuple[int, str], float] = {}
+    try:
+        column = raw["adapters"].index("ingredient")
+        for module, row in zip(raw["modules"], raw["weights"], strict=True):
+            weights[_place(module)] = float(row[column])
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ArtifactError(
+            f"{path}: is not in the form that `rc-ray merge` writes; run it with --force"
+        ) from None
+    return Mixture(ingredient_weights=weights, entropy=_curve(folder / "entropy.jsonl", "entropy"))
+
+
+def _place(module: str) -> tuple[int, str]:
+    """Layer and projection of a linear's name, e.g. `model.layers.3.mlp.up_proj` -> (3, `up`)."""
+    number = re.search(r"\.(\d+)\.", module)
+    return (int(number.group(1)) if number else 0), module.rpartition(".")[2].removesuffix("_proj")
+
+
+def _curve(path: Path, name: str) -> Curve:
+    """(step, value) of a JSON-lines file; [] where it is absent."""
+    return [
+        (float(row["step"]), float(row[name]))
+        for row in read_metrics(path)
+        if isinstance(row.get(name), int | float) and math.isfinite(row[name])
+    ]

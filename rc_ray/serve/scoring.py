@@ -1,0 +1,349 @@
+"""The service without Ray: one base LLM, one adapter per domain, queries in batches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from rc_ray.artifacts import MANIFEST, RunFolder, read_json, sha256_file
+from rc_ray.assets import model_dir
+from rc_ray.config import Experiment
+from rc_ray.core.domains import read_domain
+from rc_ray.core.model import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    AdapterMix,
+    LanguageModel,
+    check_adapter,
+    choose_dtype,
+    load_adapter,
+    load_language_model,
+)
+from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.ranking import Ranker, best_first, calibrated
+from rc_ray.errors import ArtifactError
+from rc_ray.serve.catalogue import DomainCatalogue, Limits, Query
+from rc_ray.serve.schemas import (
+    DomainInfo,
+    RankedItem,
+    RankRequest,
+    RankResponse,
+    RequestError,
+    explain,
+)
+
+DEFAULT_ALPHA = 1.0
+DEFAULT_GAMMA = 0.5
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Weights of the calibrated score, and whether validation users chose them."""
+
+    alpha: float = DEFAULT_ALPHA
+    gamma: float = DEFAULT_GAMMA
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class ServedDomain:
+    """What it takes to score one domain's items on the shared base."""
+
+    catalogue: DomainCatalogue
+    calibration: Calibration
+    ranker: Ranker
+    mix: AdapterMix
+    empty: np.ndarray
+    """(I,) log p(title | empty history) under the adapter, computed once."""
+
+
+def limits_of(experiment: Experiment) -> Limits:
+    """The bounds that an experiment sets on a request."""
+    return Limits(
+        max_history=experiment.serve.max_history,
+        max_candidates=experiment.serve.max_candidates,
+        max_titles=experiment.evaluate.max_titles,
+        max_title_characters=experiment.data.max_title_characters,
+    )
+
+
+def served_domains(experiment: Experiment) -> tuple[str, ...]:
+    """Domains that the served system knows: the spirit serves all, the others their own."""
+    data = experiment.data
+    return data.domains if experiment.serve.system == "spirit" else data.ingredients
+
+
+def open_catalogue(experiment: Experiment, domain: str) -> DomainCatalogue:
+    """Read one prepared domain.
+
+    Raises:
+        ArtifactError: it was not prepared, or its files are damaged.
+    """
+    prepared = read_domain(RunFolder(experiment.run_dir).domain_dir(domain))
+    return DomainCatalogue(domain, prepared.item_ids, prepared.titles, prepared.log_prior())
+
+
+def open_calibration(experiment: Experiment, domain: str) -> Calibration:
+    """The weights that `evaluate` chose for the served system; the defaults where it has not run.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    path = RunFolder(experiment.run_dir).evaluate_dir / "calibration.json"
+    if not path.exists():
+        return Calibration()
+    try:
+        chosen = read_json(path).get(domain, {}).get(experiment.serve.system)
+        if chosen is None:
+            return Calibration()
+        return Calibration(float(chosen["alpha"]), float(chosen["gamma"]), measured=True)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"{path}: damaged; run `rc-ray evaluate` again") from None
+
+
+def check_adapter_files(experiment: Experiment, domain: str) -> Path:
+    """Folder of the adapter that serves a domain, proven to be what its stage wrote.
+
+    Raises:
+        ArtifactError: the stage has not finished, or a file changed since.
+    """
+    run, system = RunFolder(experiment.run_dir), experiment.serve.system
+    stage, verb, inner = {
+        "spirit": (run.spirit_dir, "train", ""),
+        "ingredient": (run.ingredient_dir(domain), "tune", ""),
+        "cocktail": (run.cocktail_dir(domain), "merge", ""),
+        "uniform": (run.cocktail_dir(domain), "merge", "uniform"),
+    }[system]
+    if not (stage / MANIFEST).exists():
+        raise ArtifactError(f"{stage}: no {system} to serve; run `rc-ray {verb}` first")
+    outputs = read_json(stage / MANIFEST).get("outputs", {})
+    folder = stage / inner
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        path = folder / name
+        if not path.exists():
+            raise ArtifactError(f"{path}: missing; run `rc-ray {verb} --force`")
+        if outputs.get(str(path.relative_to(stage))) != sha256_file(path):
+            raise ArtifactError(
+                f"{path}: changed since `rc-ray {verb}` wrote it; run it again with --force"
+            )
+    return folder
+
+
+def describe(experiment: Experiment, catalogue: DomainCatalogue) -> DomainInfo:
+    """What is served for a domain, and how its scores are calibrated."""
+    calibration = open_calibration(experiment, catalogue.name)
+    return catalogue.describe(
+        system=experiment.serve.system,
+        alpha=calibration.alpha,
+        gamma=calibration.gamma,
+        calibrated=calibration.measured,
+    )
+
+
+class RankService:
+    """Answers queries of many domains from one base LLM.
+
+    Loading scores every catalogue once under an empty history, which also warms each adapter up.
+
+    Args:
+        experiment: names the run, the system and the limits.
+        lm: the base LLM, shared by all domains.
+        domains: which to load; None loads every served one.
+
+    Raises:
+        ArtifactError: a domain or adapter of the run is missing, damaged, or for another base LLM.
+    """
+
+    def __init__(
+        self, experiment: Experiment, lm: LanguageModel, domains: Sequence[str] | None = None
+    ) -> None:
+        self.system = experiment.serve.system
+        self.lm = lm
+        self.limits = limits_of(experiment)
+        self._lock = threading.Lock()  # an adapter acts on the whole base while it is in use
+        # As `evaluate` measured and calibrated it, the spirit included.
+        self._renderer = PromptRenderer(lm.tokenizer, experiment.tune.style)
+        self._max_tokens = int(getattr(lm.model.config, "max_position_embeddings", 1 << 30))
+        self.domains = {
+            domain: self._load(experiment, domain)
+            for domain in (domains or served_domains(experiment))
+        }
+
+    def rank(self, queries: Sequence[Query]) -> list[RankResponse | RequestError]:
+        """Answer queries together, those of one domain in the same forward passes.
+
+        Returns:
+            One answer per query; a `RequestError` where the model cannot hold the query's text.
+        """
+        answers: dict[int, RankResponse | RequestError] = {}
+        places: dict[str, list[int]] = {}
+        for place, query in enumerate(queries):
+            problem = self._too_long(query)
+            if problem is not None:
+                answers[place] = problem
+            else:
+                places.setdefault(query.domain, []).append(place)
+        for domain, mine in places.items():
+            found = self._rank_domain(self.domains[domain], [queries[place] for place in mine])
+            answers.update(zip(mine, found, strict=True))
+        return [answers[place] for place in range(len(queries))]
+
+    def _load(self, experiment: Experiment, domain: str) -> ServedDomain:
+        catalogue = open_catalogue(experiment, domain)
+        folder = check_adapter_files(experiment, domain)
+        adapter = load_adapter(folder)
+        check_adapter(adapter, folder)
+        mix = AdapterMix([adapter])
+        ranker = Ranker(
+            self.lm,
+            domain,
+            catalogue.titles,
+            self._renderer,
+            max_titles=experiment.evaluate.max_titles,
+            tokens_per_batch=experiment.evaluate.tokens_per_batch,
+        )
+        try:
+            with torch.inference_mode(), self.lm.using(mix):
+                empty = ranker.empty_log_likelihoods().cpu().double().numpy()
+        except (RuntimeError, KeyError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ArtifactError(
+                f"{folder}: does not act on the base LLM {experiment.model.path} ({reason}); "
+                "serve the run with the model that trained it"
+            ) from error
+        if not np.isfinite(empty).all():
+            raise ArtifactError(f"{folder}: gives scores that are not finite; train it again")
+        return ServedDomain(
+            catalogue=catalogue,
+            calibration=open_calibration(experiment, domain),
+            ranker=ranker,
+            mix=mix,
+            empty=empty,
+        )
+
+    def _too_long(self, query: Query) -> RequestError | None:
+        if not query.titles:
+            return None
+        served = self.domains[query.domain]
+        listed = [served.catalogue.titles[item] for item in _candidates(served, query)]
+        prompt = self._renderer.prompt(query.domain, query.titles, listed)
+        longest = max(served.ranker.trie.node_depths)
+        if len(prompt) + longest <= self._max_tokens:
+            return None
+        return RequestError(
+            f"the request is {len(prompt)} tokens of text, the model reads {self._max_tokens}; "
+            "send shorter titles or fewer candidates"
+        )
+
+    def _rank_domain(self, served: ServedDomain, queries: list[Query]) -> list[RankResponse]:
+        candidates = [_candidates(served, query) for query in queries]
+        # A new user's likelihoods are the empty-history ones, which are known already.
+        asked = [index for index, query in enumerate(queries) if query.titles]
+        likelihoods = [served.empty[items] for items in candidates]
+        if asked:
+            with self._lock, torch.inference_mode(), self.lm.using(served.mix):
+                scored = served.ranker.log_likelihoods(
+                    [queries[index].titles for index in asked],
+                    [candidates[index].tolist() for index in asked],
+                )
+            for index, values in zip(asked, scored, strict=True):
+                likelihoods[index] = values.cpu().double().numpy()
+        return [
+            self._response(served, *parts)
+            for parts in zip(queries, candidates, likelihoods, strict=True)
+        ]
+
+    def _response(
+        self, served: ServedDomain, query: Query, items: np.ndarray, likelihoods: np.ndarray
+    ) -> RankResponse:
+        catalogue = served.catalogue
+        scores = calibrated(
+            likelihoods,
+            served.empty[items],
+            catalogue.log_prior[items],
+            alpha=served.calibration.alpha,
+            gamma=served.calibration.gamma,
+        )
+        order = best_first(scores, [catalogue.item_ids[item] for item in items])
+        kept = [place for place in order if int(items[place]) not in query.excluded][: query.k]
+        return RankResponse(
+            domain=query.domain,
+            system=self.system,
+            items=[
+                RankedItem(
+                    item_id=catalogue.item_ids[items[place]],
+                    title=catalogue.titles[items[place]],
+                    score=float(scores[place]),
+                    rank=rank,
+                )
+                for rank, place in enumerate(kept, start=1)
+            ],
+            unknown_history=list(query.unknown_history),
+        )
+
+
+def _candidates(served: ServedDomain, query: Query) -> np.ndarray:
+    """(C,) item indices to score.
+
+    Without a list it is always the whole catalogue, whose trie layout is then made only once; the
+    history's items go afterwards.
+    """
+    if query.candidates is None:
+        return np.arange(served.catalogue.num_items)
+    return np.asarray(query.candidates, dtype=np.int64)
+
+
+def open_language_model(experiment: Experiment) -> LanguageModel:
+    """The base LLM of an experiment, on a GPU where serving asks for one.
+
+    Raises:
+        ArtifactError: the model is missing or damaged.
+        AssetError: it is not to be had.
+    """
+    wants_gpu = experiment.serve.gpus_per_replica > 0 and torch.cuda.is_available()
+    device = "cuda" if wants_gpu else "cpu"
+    folder = model_dir(experiment.model.path)
+    return load_language_model(folder, choose_dtype(experiment.model.dtype, device), device)
+
+
+def rank_offline(
+    experiment: Experiment,
+    domain: str,
+    history: Sequence[str],
+    candidates: Sequence[str] | None = None,
+    k: int = 10,
+) -> RankResponse:
+    """Answer one request in this process, as the service would; only its domain is loaded.
+
+    No candidates, or an empty list of them, is the whole catalogue.
+
+    Raises:
+        RequestError: the request cannot be answered as it stands.
+        ArtifactError: the run lacks what is to be served, or it is damaged.
+    """
+    known = served_domains(experiment)
+    if domain not in known:
+        raise RequestError(f"unknown domain {domain!r}; served: {', '.join(known)}", status=404)
+    try:
+        request = RankRequest(
+            domain=domain,
+            history=list(history),
+            candidates=list(candidates) if candidates else None,
+            k=k,
+        )
+    except ValidationError as error:
+        raise RequestError("; ".join(explain(problem) for problem in error.errors())) from None
+    # A mistake in the request is told before the model is loaded.
+    query = open_catalogue(experiment, domain).resolve(request, limits_of(experiment))
+    answer = RankService(experiment, open_language_model(experiment), [domain]).rank([query])[0]
+    if isinstance(answer, RequestError):
+        raise answer
+    return answer

@@ -1,0 +1,112 @@
+"""Which stages of a run are finished, which are stale, and why: the verb `show`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rc_ray.artifacts import MANIFEST, RunFolder, read_json, sha256_file
+from rc_ray.config import Experiment
+from rc_ray.core.sources import domain_names
+from rc_ray.errors import ArtifactError
+from rc_ray.prepare import fingerprint_config
+
+State = Literal["finished", "stale", "missing"]
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage; its folders taken together."""
+
+    stage: str
+    state: State
+    detail: str
+    """What is missing or stale, one reason for each folder; "" for a finished stage."""
+
+
+def dump(experiment: Experiment) -> str:
+    """The resolved experiment as YAML that `config.load` reads back."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_status(experiment: Experiment) -> list[StageStatus]:
+    """State of every stage. Reads manifests only: raw files and outputs are not hashed anew."""
+    run = RunFolder(experiment.run_dir)
+    folders = {
+        "prepare": [run.domain_dir(name) for name in experiment.data.domains],
+        "train": [run.spirit_dir],
+        "tune": [run.ingredient_dir(name) for name in experiment.data.ingredients],
+        "merge": [run.cocktail_dir(name) for name in experiment.data.ingredients],
+        "evaluate": [run.evaluate_dir],
+        "report": [run.report_dir],
+    }
+    result = []
+    stale: set[Path] = set()
+    for stage, places in folders.items():
+        missing, old = [], []
+        for folder in places:
+            name = str(folder.relative_to(run.root))
+            if not (folder / MANIFEST).exists():
+                missing.append(name)
+                continue
+            reason = next(_reasons(experiment, run, folder, stale), None)
+            if reason is not None:
+                stale.add(folder)
+                old.append(f"{name} ({reason})")
+        details = [f"not there: {', '.join(missing)}"] if missing else []
+        details += old
+        state: State = "missing" if missing else "stale" if old else "finished"
+        result.append(StageStatus(stage, state, "; ".join(details)))
+    return result
+
+
+def _reasons(
+    experiment: Experiment, run: RunFolder, folder: Path, stale: set[Path]
+) -> Iterator[str]:
+    try:
+        manifest = read_json(folder / MANIFEST)
+        seed, recorded, inputs = manifest["seed"], manifest["config"], manifest["inputs"]
+    except (ArtifactError, KeyError, TypeError):
+        yield "its manifest is damaged"
+        return
+    if seed != experiment.seed:
+        yield f"made with seed {seed}"
+    for name, digest in inputs.items():
+        source = run.root / name
+        if source in stale:
+            yield f"{name} is stale"
+        elif (source / MANIFEST).exists() and sha256_file(source / MANIFEST) != digest:
+            yield f"{name} has changed"
+    domain = folder.name
+    for field in _differing(recorded, _settings(experiment, domain)):
+        yield f"{field} has changed"
+
+
+def _settings(experiment: Experiment, domain: str) -> dict[str, Any]:
+    """Today's settings under the names by which the stages record them."""
+    settings = experiment.model_dump(mode="json")
+    source = next((s for s in experiment.data.sources if domain in domain_names(s)), None)
+    prepared = fingerprint_config(experiment.data, source, domain) if source is not None else {}
+    return {
+        **settings,
+        **prepared,
+        "training": settings["train"],
+        "style": experiment.tune.style,
+        "trials": [{"training": one.model_dump(mode="json")} for one in experiment.tune.settings()],
+    }
+
+
+def _differing(recorded: Any, now: Any, path: str = "") -> Iterator[str]:
+    """Dotted names of what both sides hold, with different values."""
+    if isinstance(recorded, Mapping) and isinstance(now, Mapping):
+        for key in sorted(recorded.keys() & now.keys()):
+            yield from _differing(recorded[key], now[key], f"{path}.{key}" if path else key)
+    elif isinstance(recorded, list) and isinstance(now, list) and len(recorded) == len(now):
+        for before, after in zip(recorded, now, strict=True):
+            yield from _differing(before, after, path)
+    elif recorded != now:
+        yield f"`{path}`"

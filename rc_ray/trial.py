@@ -1,0 +1,177 @@
+"""One trial of Ray Tune: train an ingredient in this process, rank validation, seal the folder."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rc_ray.artifacts import replaced_dir, write_json, write_manifest
+from rc_ray.config import TrainingConfig
+from rc_ray.core.domains import Domain, read_domain, sample
+from rc_ray.core.metrics import ndcg, rank_targets
+from rc_ray.core.model import (
+    Adapter,
+    LanguageModel,
+    check_adapter,
+    choose_dtype,
+    load_language_model,
+    save_adapter,
+)
+from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.ranking import Ranker
+from rc_ray.curves import read_metrics, summary, write_metrics
+from rc_ray.engines import build_learner, check_trained, local_model_dir, prepare_process
+from rc_ray.errors import UserError
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """Ray Tune's trainable: never raises, so that only a dead process is tried again.
+
+    What went wrong stands in `error.json` of the trial's folder.
+    """
+    from ray import tune
+
+    trial = config["trial"]
+    try:
+        metrics = train_ingredient(trial)
+    except Exception as error:
+        traceback.print_exc()  # into the worker's log
+        _base.cache_clear()  # it may still carry the LoRA
+        text = str(error).strip() or type(error).__name__
+        if not isinstance(error, UserError):
+            text = f"{type(error).__name__}: {text}"
+        write_json(Path(trial["folder"]) / "error.json", {"error": text.splitlines()[0]})
+        tune.report({"failed": True})
+        return
+    tune.report({"failed": False, **metrics})
+
+
+def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
+    """Train from the last checkpoint on, rank the validation users, seal the folder.
+
+    Args:
+        trial: what `rc_ray.tune` writes into the parameter space; all JSON-able.
+
+    Returns:
+        The manifest's metrics.
+    """
+    folder = Path(trial["folder"])
+    setting = TrainingConfig.model_validate(trial["setting"])
+    prepare_process(trial["num_cpus"])
+    device = "cuda" if trial["use_gpu"] else "cpu"
+    folder_of_base = local_model_dir(trial["model_dir"], trial["model"]["path"])
+    lm = _base(folder_of_base, trial["model"]["dtype"], device)
+    domain = read_domain(Path(trial["domain_dir"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter = _train(trial, setting, lm, domain, folder)
+    check_adapter(adapter, folder)
+    check_trained(adapter, folder)
+    renderer = PromptRenderer(lm.tokenizer, setting.style)
+    with lm.folded(adapter):
+        ranker = Ranker(
+            lm,
+            domain.name,
+            domain.titles,
+            renderer,
+            max_titles=trial["valid_max_titles"],
+            tokens_per_batch=trial["tokens_per_batch"],
+        )
+        quality, num_users = validate(
+            ranker, domain, num_users=trial["num_valid_users"], seed=trial["seed"]
+        )
+    save_adapter(folder / "adapter", adapter, trial["model"]["path"])
+    rows = read_metrics(folder / "metrics.jsonl")
+    write_metrics(folder / "metrics.jsonl", rows)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    metrics = {**summary(rows), "valid_ndcg": quality, "num_valid_users": num_users}
+    write_manifest(
+        folder,
+        stage="tune",
+        config=trial["config"],
+        seed=trial["seed"],
+        inputs=trial["inputs"],
+        metrics=metrics,
+    )
+    return metrics
+
+
+def validate(
+    ranker: Ranker, domain: Domain, *, num_users: int, seed: int
+) -> tuple[float | None, int]:
+    """Mean NDCG over validation users that are scored, on warm items.
+
+    The score is log p(title | history) - log p(title | empty history): the raw likelihood would
+    favour whatever titles the adapter likes anyway.
+
+    Returns:
+        The mean over users of 1 / log2(rank + 1), in (0, 1], and the number of users; None and 0
+        where the domain has no validation users.
+    """
+    cases = sample(domain.cases("valid", "warm", "scored"), num_users, seed)
+    if not cases:
+        return None, 0
+    histories = [[domain.titles[item] for item in case.history] for case in cases]
+    listed = [list(case.candidates) for case in cases]
+    every = sorted({item for items in listed for item in items})
+    with torch.no_grad():
+        scores = ranker.log_likelihoods(histories, listed)
+        empty = dict(zip(every, ranker.log_likelihoods([[]], [every])[0].tolist(), strict=True))
+    gains = []
+    for case, items, score in zip(cases, listed, scores, strict=True):
+        lifted = score.cpu().numpy() - np.array([empty[item] for item in items])
+        ranks = rank_targets(lifted[None], [items.index(case.target)])
+        gains.append(float(ndcg(ranks, len(items))[0]))
+    return float(np.mean(gains)), len(gains)
+
+
+def _train(
+    trial: dict[str, Any],
+    setting: TrainingConfig,
+    lm: LanguageModel,
+    domain: Domain,
+    folder: Path,
+) -> Adapter:
+    """Run the remaining steps; the base model is bare again afterwards."""
+    checkpoint = folder / "checkpoint"
+    learner = build_learner(
+        lm,
+        [domain],
+        setting,
+        seed=trial["seed"],
+        base_name=trial["model"]["path"],
+        checkpoint=checkpoint if checkpoint.exists() else None,
+    )
+    try:
+        if learner.start_step == 0:
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
+            for metrics in learner.steps():
+                if not math.isfinite(metrics["loss"]):
+                    raise UserError(
+                        f"the loss is {metrics['loss']} at step {metrics['step']}; lower "
+                        f"`tune.learning_rate` ({setting.learning_rate:g})"
+                    )
+                rate = metrics["num_tokens"] / metrics["seconds"]
+                log.write(json.dumps({**metrics, "tokens_per_s": rate}) + "\n")
+                log.flush()
+                num_done = metrics["step"] + 1
+                if num_done % trial["checkpoint_every"] == 0 or num_done == setting.num_steps:
+                    with replaced_dir(checkpoint) as work:
+                        learner.save(work, num_done)
+        return learner.adapter()
+    finally:
+        learner.peft_model.unload()
+
+
+@functools.lru_cache(maxsize=1)
+def _base(folder: Path, dtype: str, device: str) -> LanguageModel:
+    """The base model; Tune runs the next trial in the same process, which finds it loaded."""
+    return load_language_model(folder, choose_dtype(dtype, device), device)

@@ -1,0 +1,150 @@
+"""One rank of a Ray Train run: load, agree with the other ranks, train, report."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rc_ray.config import TrainConfig
+from rc_ray.core.domains import read_domain
+from rc_ray.core.model import choose_dtype, load_language_model
+from rc_ray.engines import Learner, build_learner, local_model_dir, prepare_process
+from rc_ray.errors import ArtifactError, UserError
+
+_REPORT_EVERY_S = 1.0
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """The training loop of one rank; what it returns under `error` ends the run without a retry."""
+    import ray.train
+
+    context = ray.train.get_context()
+    config = TrainConfig.model_validate(settings["train"])
+    prepare_process(config.cpus_per_worker)
+    device = torch.device("cpu")
+    if config.gpus_per_worker > 0:
+        from ray.train.torch import get_device
+
+        device = get_device()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    checkpoint = ray.train.get_checkpoint()
+    with ExitStack() as stack:
+        folder = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
+        learner, problem = _build(settings, config, device, rank, world_size, folder)
+    if learner is None:
+        return {"error": problem}
+    return _train(learner, config)
+
+
+def _build(
+    settings: dict[str, Any],
+    config: TrainConfig,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    checkpoint_dir: str | None,
+) -> tuple[Learner | None, str | None]:
+    """The learner, or what is wrong; every rank gets the same kind of answer."""
+    problem = None
+    try:
+        precision = _from_first(choose_dtype(settings["model"]["dtype"], device), world_size)
+        folder = local_model_dir(settings["model_dir"], settings["model"]["path"])
+        lm = load_language_model(folder, precision, device)
+        domains = [read_domain(Path(path)) for path in settings["domain_dirs"]]
+    except UserError as error:
+        problem = str(error)
+    # A rank that left alone would keep the others waiting for it.
+    problem = _first_problem(problem, world_size)
+    if problem is not None:
+        return None, problem
+    try:
+        learner = build_learner(
+            lm,
+            domains,
+            config,
+            seed=settings["seed"],
+            base_name=settings["model"]["path"],
+            deepspeed=config.deepspeed if config.engine == "deepspeed" else None,
+            rank=rank,
+            world_size=world_size,
+            checkpoint=Path(checkpoint_dir) if checkpoint_dir else None,
+        )
+    except ArtifactError:
+        raise  # a damaged shard concerns one rank: a restart may find the checkpoint before it
+    except ValueError as error:
+        return None, str(error)  # settings that no model or data could satisfy, on every rank
+    return learner, None
+
+
+def _train(learner: Learner, config: TrainConfig) -> dict[str, Any]:
+    from ray.train import Checkpoint, report
+
+    rows: list[dict[str, Any]] = [{"note": learner.note}] if learner.note else []
+    last_report = time.monotonic()
+    for metrics in learner.steps():
+        step = metrics["step"]
+        due = learner.rank == 0 and time.monotonic() - last_report > _REPORT_EVERY_S
+        loss, num_titles, num_tokens, num_due = _sum_over_ranks(
+            [metrics["loss"], metrics["num_titles"], metrics["num_tokens"], float(due)],
+            learner.world_size,
+            learner.device,
+        )
+        if not math.isfinite(loss):
+            return {
+                "error": f"the loss is {loss} at step {step}; lower `train.learning_rate` "
+                f"({config.learning_rate:g})"
+            }
+        rows.append(
+            {
+                "step": step,
+                "loss": loss,
+                "tokens_per_s": num_tokens / metrics["seconds"],
+                "learning_rate": metrics["learning_rate"],
+                "num_titles": int(num_titles),
+                "num_tokens": int(num_tokens),
+                "seconds": metrics["seconds"],
+            }
+        )
+        num_done = step + 1
+        if num_done % config.checkpoint_every == 0 or num_done == config.num_steps:
+            with tempfile.TemporaryDirectory() as folder:
+                learner.save(Path(folder), num_done)
+                report({"rows": rows}, checkpoint=Checkpoint.from_directory(folder))
+        elif num_due:  # on every rank alike, as reports must be
+            report({"rows": rows})
+        else:
+            continue
+        rows, last_report = [], time.monotonic()
+    return {}
+
+
+def _sum_over_ranks(values: list[float], world_size: int, device: torch.device) -> list[float]:
+    if world_size == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def _first_problem(problem: str | None, world_size: int) -> str | None:
+    """The first rank's problem, on every rank."""
+    if world_size == 1:
+        return problem
+    problems: list[str | None] = [None] * world_size
+    torch.distributed.all_gather_object(problems, problem)
+    return next((text for text in problems if text is not None), None)
+
+
+def _from_first(value: Any, world_size: int) -> Any:
+    """Rank 0's value, on every rank."""
+    if world_size == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

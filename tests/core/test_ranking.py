@@ -1,0 +1,109 @@
+"""One-pass scoring against scoring each candidate by itself, plainly."""
+
+import numpy as np
+import pytest
+import torch
+
+from rc_ray.core import ranking
+from rc_ray.core.model import LanguageModel, load_language_model
+from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.ranking import Ranker, best_first, calibrated
+from tests.tiny import ADJECTIVES, NOUNS, make_model
+
+TITLES = [f"{a} {n}" for a in ADJECTIVES for n in NOUNS] + ["Red", "Red Lamp 2", "Blue Lamp"]
+HISTORIES = [["Old Piano", "Red Lamp"], [], ["Tiny River", "Loud Engine", "Grand Ladder"]]
+CANDIDATES = [[0, 42, 43, 7, 20], [5, 0, 30], list(range(len(TITLES)))]
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return load_language_model(make_model(tmp_path_factory.mktemp("model")), torch.float32)
+
+
+def plain_log_likelihood(
+    lm: LanguageModel, renderer: PromptRenderer, history: list[str], item: int
+) -> float:
+    """The definition, with sets of titles in place of a trie and one pass per title."""
+    titles = [renderer.title(title) for title in TITLES]
+    prompt = renderer.prompt("tools", history)
+    tokens = titles[item]
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0].double()
+    total = 0.0
+    for depth, token in enumerate(tokens):
+        children = sorted({t[depth] for t in titles if t[:depth] == tokens[:depth]})
+        restricted = torch.log_softmax(logits[len(prompt) + depth - 1][children], dim=-1)
+        total += float(restricted[children.index(token)])
+    return total
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 4096])
+def test_one_pass_equals_one_by_one(lm: LanguageModel, tokens_per_batch: int) -> None:
+    renderer = PromptRenderer(lm.tokenizer)
+    ranker = Ranker(lm, "tools", TITLES, renderer, tokens_per_batch=tokens_per_batch)
+    with torch.no_grad():
+        scores = ranker.log_likelihoods(HISTORIES, CANDIDATES)
+    for history, items, found in zip(HISTORIES, CANDIDATES, scores, strict=True):
+        expected = [plain_log_likelihood(lm, renderer, history, item) for item in items]
+        assert found.numpy() == pytest.approx(np.array(expected), abs=1e-4)
+
+
+def test_long_lists_in_several_rows_give_the_same(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranker = Ranker(lm, "tools", TITLES, PromptRenderer(lm.tokenizer))
+    with torch.no_grad():
+        whole = ranker.log_likelihoods(HISTORIES, CANDIDATES)
+        monkeypatch.setattr(ranking, "MAX_TREE_NODES", 10)
+        split = ranker.log_likelihoods(HISTORIES, CANDIDATES)
+    for a, b in zip(whole, split, strict=True):
+        assert a.numpy() == pytest.approx(b.numpy(), abs=1e-4)
+
+
+def test_probabilities_of_distinct_titles_sum_to_one(lm: LanguageModel) -> None:
+    ranker = Ranker(lm, "tools", TITLES, PromptRenderer(lm.tokenizer))
+    distinct = {ranker.trie.leaf_of_item[item]: item for item in range(len(TITLES))}
+    assert len(distinct) == len(TITLES) - 1  # "Blue Lamp" stands twice
+    with torch.no_grad():
+        scores = ranker.log_likelihoods([["Old Piano"]], [sorted(distinct.values())])[0]
+        empty = ranker.empty_log_likelihoods()
+    assert float(scores.exp().sum()) == pytest.approx(1.0, abs=1e-5)
+    assert float(empty[sorted(distinct.values())].exp().sum()) == pytest.approx(1.0, abs=1e-5)
+    assert float(empty[7]) == float(empty[44])
+
+
+def test_order_of_candidates_does_not_matter(lm: LanguageModel) -> None:
+    ranker = Ranker(lm, "tools", TITLES, PromptRenderer(lm.tokenizer))
+    with torch.no_grad():
+        forward = ranker.log_likelihoods([["Old Piano"]], [[3, 9, 27]])[0]
+        backward = ranker.log_likelihoods([["Old Piano"]], [[27, 9, 3]])[0]
+    assert forward.numpy() == pytest.approx(backward.flip(0).numpy(), abs=1e-5)
+
+
+def test_only_the_latest_titles_count(lm: LanguageModel) -> None:
+    ranker = Ranker(lm, "tools", TITLES, PromptRenderer(lm.tokenizer), max_titles=1)
+    with torch.no_grad():
+        long, short, other = ranker.log_likelihoods(
+            [["Red Lamp", "Old Piano"], ["Old Piano"], ["Red Lamp"]], [[3, 9, 27]] * 3
+        )
+    assert long.numpy() == pytest.approx(short.numpy(), abs=1e-5)
+    assert long.numpy() != pytest.approx(other.numpy(), abs=1e-3)
+
+
+def test_instruct_prompts_are_scored_by_the_same_path(lm: LanguageModel) -> None:
+    renderer = PromptRenderer(lm.tokenizer, "instruct")
+    ranker = Ranker(lm, "tools", TITLES, renderer)
+    with torch.no_grad():
+        scores = ranker.log_likelihoods([["Old Piano"]], [[0, 1, 2]])[0]
+    assert torch.isfinite(scores).all()
+
+
+def test_calibrated_worked_by_hand() -> None:
+    scores = calibrated(
+        np.array([-1.0, -2.0]), np.array([-0.5, -3.0]), np.array([-4.0, -2.0]), alpha=1, gamma=0.5
+    )
+    assert scores.tolist() == [-1.0 + 0.5 - 2.0, -2.0 + 3.0 - 1.0]
+
+
+def test_ties_go_by_item_id() -> None:
+    assert best_first(np.array([1.0, 2.0, 1.0, 2.0]), ["d", "c", "a", "b"]) == [3, 1, 2, 0]

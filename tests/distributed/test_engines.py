@@ -1,0 +1,188 @@
+"""Every engine gives the same curve and adapter on the same data, and resumes exactly."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rc_ray import engines
+from rc_ray.config import DeepSpeedConfig, Experiment
+from rc_ray.core.domains import read_domain
+from rc_ray.core.model import Adapter, load_adapter, load_language_model
+from rc_ray.engines import Learner, build_learner, check_trained
+from rc_ray.errors import ArtifactError
+
+pytestmark = pytest.mark.distributed
+
+ENGINES = [
+    DeepSpeedConfig(zero_stage=0),
+    DeepSpeedConfig(zero_stage=1),
+    DeepSpeedConfig(zero_stage=2),
+    DeepSpeedConfig(zero_stage=3),
+    DeepSpeedConfig(zero_stage=2, offload="cpu"),
+    DeepSpeedConfig(zero_stage=3, offload="cpu"),
+]
+IDS = [f"zero{e.zero_stage}-{e.offload}" for e in ENGINES]
+
+
+@pytest.fixture(autouse=True)
+def every_matrix_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed keeps matrices below 100,000 elements whole: all of a tiny model."""
+    original = engines.deepspeed_settings
+
+    def settings(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        made = original(*args, **kwargs)
+        made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made
+
+    monkeypatch.setattr(engines, "deepspeed_settings", settings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    """A gloo group of this process alone, as a Ray Train worker would find one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }.items():
+            patch.setenv(name, value)
+        patch.setenv("DS_ACCELERATOR", os.environ.get("DS_ACCELERATOR", "cpu"))
+        torch.distributed.init_process_group("gloo")
+        yield
+        torch.distributed.destroy_process_group()
+
+
+def learner(
+    experiment: Experiment,
+    deepspeed: DeepSpeedConfig | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    checkpoint: Path | None = None,
+) -> Learner:
+    data = experiment.run_dir / "data"
+    return build_learner(
+        load_language_model(experiment.model.path, dtype),
+        [read_domain(data / name) for name in experiment.data.spirit],
+        experiment.train,
+        seed=experiment.seed,
+        base_name="tiny",
+        deepspeed=deepspeed,
+        checkpoint=checkpoint,
+    )
+
+
+def curve(trained: Learner) -> list[float]:
+    return [metrics["loss"] for metrics in trained.steps()]
+
+
+def assert_same(a: Adapter, b: Adapter, tolerance: float = 0.0) -> None:
+    assert a.modules.keys() == b.modules.keys()
+    for name, pair in a.modules.items():
+        torch.testing.assert_close(pair.a, b.modules[name].a, atol=tolerance, rtol=0)
+        torch.testing.assert_close(pair.b, b.modules[name].b, atol=tolerance, rtol=0)
+        assert pair.scale == b.modules[name].scale
+
+
+@pytest.mark.parametrize("deepspeed", ENGINES, ids=IDS)
+def test_deepspeed_trains_as_torch_does(make_run, deepspeed: DeepSpeedConfig) -> None:
+    experiment = make_run("train.learning_rate=0.01")
+    plain, sharded = learner(experiment, None), learner(experiment, deepspeed)
+    expected, got = curve(plain), curve(sharded)
+    assert len(expected) == experiment.train.num_steps
+    assert expected[-1] < expected[0]
+    assert got == pytest.approx(expected, abs=1e-5)
+    adapter = sharded.adapter()
+    check_trained(adapter, Path())
+    assert_same(plain.adapter(), adapter, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("deepspeed", [None, *ENGINES[1:4]], ids=["torch", *IDS[1:4]])
+def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(
+    make_run, tmp_path: Path, deepspeed: DeepSpeedConfig | None
+) -> None:
+    # Dropout: the random numbers of a step must not depend on the steps before it.
+    experiment = make_run("train.lora.dropout=0.2", "train.learning_rate=0.01")
+    unbroken = learner(experiment, deepspeed)
+    losses = curve(unbroken)
+    broken = learner(experiment, deepspeed)
+    for metrics in broken.steps():
+        if metrics["step"] == 2:
+            broken.save(tmp_path / "checkpoint", 3)
+            break
+    resumed = learner(experiment, deepspeed, checkpoint=tmp_path / "checkpoint")
+    assert resumed.note is None
+    assert resumed.start_step == 3
+    assert curve(resumed) == losses[3:]
+    assert_same(unbroken.adapter(), resumed.adapter())
+
+
+def test_another_engine_goes_on_with_the_weights_and_says_so(make_run, tmp_path: Path) -> None:
+    experiment = make_run("train.learning_rate=0.01")
+    first = learner(experiment, DeepSpeedConfig(zero_stage=3))
+    rates = []
+    for metrics in first.steps():
+        rates.append(metrics["learning_rate"])
+        if metrics["step"] == 2:
+            first.save(tmp_path / "checkpoint", 3)
+    saved = load_adapter(tmp_path / "checkpoint" / "adapter")
+    other = learner(experiment, None, checkpoint=tmp_path / "checkpoint")
+    assert other.note is not None
+    assert "weights alone" in other.note
+    assert_same(saved, other.adapter())
+    rows = list(other.steps())
+    assert [row["step"] for row in rows] == [3, 4, 5]
+    assert [row["learning_rate"] for row in rows] == rates[3:]
+
+
+def test_bf16_follows_fp32(make_run) -> None:
+    experiment = make_run("train.learning_rate=0.01")
+    expected = curve(learner(experiment, None))
+    for deepspeed in (None, DeepSpeedConfig(zero_stage=0), DeepSpeedConfig(zero_stage=2)):
+        got = curve(learner(experiment, deepspeed, dtype=torch.bfloat16))
+        assert got == pytest.approx(expected, abs=0.1)
+
+
+def test_the_saved_adapter_is_a_peft_folder(make_run, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    experiment = make_run("train.learning_rate=0.01")
+    trained = learner(experiment, None)
+    curve(trained)
+    trained.save(tmp_path, experiment.train.num_steps)
+    ids = torch.arange(5, 25)[None]
+    expected = trained.peft_model.eval()(ids).logits
+    base = load_language_model(experiment.model.path, torch.float32).model
+    before = base(ids).logits
+    reopened = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(reopened(ids).logits, expected)
+    assert not torch.allclose(before, expected)
+
+
+def test_a_damaged_checkpoint_is_named(make_run, tmp_path: Path) -> None:
+    experiment = make_run()
+    trained = learner(experiment, None)
+    trained.save(tmp_path, 2)
+    path = tmp_path / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="damaged checkpoint"):
+        learner(experiment, None, checkpoint=tmp_path)
+
+
+def test_an_adapter_that_learned_nothing_is_refused(make_run) -> None:
+    untrained = learner(make_run(), None)
+    with pytest.raises(ArtifactError, match="trained nothing"):
+        check_trained(untrained.adapter(), Path("spirit"))

@@ -1,0 +1,97 @@
+"""A session of Ray: silent, its logs kept, what was asked for refused in time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rc_ray.artifacts import RunFolder
+from rc_ray.errors import ConfigError
+from rc_ray.session import ray_session, require_resources
+
+pytestmark = pytest.mark.distributed
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from rc_ray.artifacts import RunFolder
+from rc_ray.progress import Progress
+from rc_ray.session import ray_session
+
+with Progress() as console:
+    console.note("before")
+    try:
+        with ray_session(RunFolder(Path(sys.argv[1])), num_cpus=1):
+            import ray
+
+            @ray.remote
+            def speak():
+                print("a worker speaks")
+                print("a worker complains", file=sys.stderr)
+                return 7
+
+            print("the driver speaks")
+            console.note(f"answer {ray.get(speak.remote())}")
+            raise KeyError("inside")
+    except KeyError:
+        console.note("ended")
+    assert not ray.is_initialized()
+    print("after")
+"""
+
+
+def test_nothing_of_ray_reaches_the_terminal(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "  before\n  answer 7\n  ended\nafter\n"
+    assert done.stderr == ""
+    assert "the driver speaks" in (tmp_path / "logs" / "ray.log").read_text()
+    logs = list((tmp_path / "logs" / "ray").glob("worker-*"))
+    everything = "".join(path.read_text(errors="replace") for path in logs)
+    assert "a worker speaks" in everything
+    assert "a worker complains" in everything
+
+
+def test_descriptors_come_back_after_an_error(ray_local, tmp_path: Path, capfd) -> None:
+    def fail() -> None:
+        with ray_session(RunFolder(tmp_path)):
+            os.write(1, b"inside\n")
+            os.write(2, b"inside too\n")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    os.write(1, b"outside\n")
+    captured = capfd.readouterr()
+    assert captured.out == "outside\n"
+    assert captured.err == ""
+    assert (tmp_path / "logs" / "ray.log").read_text() == "inside\ninside too\n"
+
+
+def test_a_ray_in_use_is_left_running(ray_local, tmp_path: Path) -> None:
+    import ray
+
+    with ray_session(RunFolder(tmp_path), num_cpus=1):
+        assert ray.cluster_resources()["CPU"] == 4
+    assert ray.is_initialized()
+
+
+def test_resources_are_counted_in_whole_processes(ray_local) -> None:
+    require_resources("`x`", cpus=1, count=4)
+    require_resources("`x`", cpus=0.5, count=8)
+    require_resources("`x`", cpus=0)
+    with pytest.raises(ConfigError, match=r"`x` ask for 2 x \(3 CPU\), the cluster has 4 CPU"):
+        require_resources("`x`", cpus=3, count=2)
+    with pytest.raises(ConfigError, match=r"1 x \(1 CPU, 0.5 GPU\).*0 GPU"):
+        require_resources("`x`", cpus=1, gpus=0.5)

@@ -1,0 +1,88 @@
+"""A finished run made by hand: two domains, a random adapter for each, no stage needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from rc_ray.artifacts import RunFolder, write_json, write_manifest
+from rc_ray.config import Experiment, load
+from rc_ray.core.model import Adapter, LoraPair, load_language_model, save_adapter
+from tests import tiny
+
+DOMAINS = ("rivers", "tools")
+
+
+def make_run(folder: Path, **serve: object) -> Experiment:
+    """`tools` is calibrated with alpha 0.5 and gamma 0.25; `rivers` is not."""
+    path = tiny.make_experiment(
+        folder,
+        data={"spirit": ["lamps"], "ingredients": list(DOMAINS)},
+        serve={"port": 0, "max_candidates": 200, "cpus_per_replica": 0.5, **serve},
+    )
+    experiment = load(path)
+    run = RunFolder(experiment.run_dir)
+    for seed, domain in enumerate(DOMAINS):
+        _prepare(run.domain_dir(domain), domain, seed)
+        _cocktail(run.cocktail_dir(domain), Path(experiment.model.path), seed)
+    write_json(
+        run.evaluate_dir / "calibration.json",
+        {"tools": {"cocktail": {"alpha": 0.5, "gamma": 0.25, "valid_ndcg": 0.3}}},
+    )
+    return experiment
+
+
+def _prepare(folder: Path, domain: str, seed: int) -> None:
+    titles = [f"{domain.capitalize()} {a} {n}" for a in tiny.ADJECTIVES for n in tiny.NOUNS]
+    titles[41] = titles[40]  # a title that two items bear
+    titles[39] = "Odd <|im_end|> Thing"
+    num_items = len(titles)
+    num_train = np.random.default_rng(seed).permutation(num_items)
+    folder.mkdir(parents=True)
+    items = {
+        "item_id": pa.array([f"{domain}-{i:02d}" for i in range(num_items)]),
+        "title": pa.array(titles),
+        "category": pa.array([None] * num_items, pa.string()),
+        "num_train": pa.array(num_train, pa.int64()),
+        "cold": pa.array([False] * num_items),
+    }
+    pq.write_table(pa.table(items), folder / "items.parquet")
+    indices = pa.list_(pa.int32())
+    users = {"user_id": pa.array(["u0"]), "history": pa.array([[0, 1, 2]], indices)}
+    group = pa.array(["scored"])
+    pq.write_table(pa.table({**users, "group": group}), folder / "train.parquet")
+    for purpose, target in (("valid", 3), ("test", 4)):
+        rows = {
+            **users,
+            "target": pa.array([target], pa.int32()),
+            "split": pa.array(["warm"]),
+            "group": group,
+        }
+        if purpose == "test":
+            rows["history"] = pa.array([[0, 1, 2, 3]], indices)
+        pq.write_table(pa.table(rows), folder / f"{purpose}.parquet")
+    candidates = {
+        "user_id": pa.array(["u0", "u0"]),
+        "purpose": pa.array(["valid", "test"]),
+        "split": pa.array(["warm", "warm"]),
+        "candidates": pa.array([[3, 7, 9], [4, 8, 10]], indices),
+    }
+    pq.write_table(pa.table(candidates), folder / "candidates.parquet")
+    write_manifest(folder, stage="prepare", config={}, seed=0, inputs={}, metrics={})
+
+
+def _cocktail(folder: Path, model_folder: Path, seed: int) -> None:
+    lm = load_language_model(model_folder, torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, module in lm.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.endswith(("q_proj", "down_proj")):
+            a = torch.randn(4, module.in_features, generator=generator) * 0.3
+            b = torch.randn(module.out_features, 4, generator=generator) * 0.3
+            modules[name] = LoraPair(a=a, b=b, scale=1.0)
+    save_adapter(folder, Adapter(modules), str(model_folder))
+    write_manifest(folder, stage="merge", config={}, seed=0, inputs={}, metrics={})

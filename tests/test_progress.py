@@ -1,0 +1,109 @@
+"""The console on a terminal and off it, and the reader of half-written JSON lines."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+from rc_ray.progress import JsonlTail, Progress, polled
+
+
+def test_tail_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    tail = JsonlTail(path)
+    assert tail.read_new() == []
+    path.write_text('{"step": 0}\n{"st')
+    assert tail.read_new() == [{"step": 0}]
+    assert tail.read_new() == []
+    with path.open("a") as file:
+        file.write('ep": 1}\nnot json\n[1]\n{"step": 2}\n')
+    assert tail.read_new() == [{"step": 1}, {"step": 2}]
+
+
+def test_tail_starts_again_when_the_file_was_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    tail = JsonlTail(path)
+    assert len(tail.read_new()) == 2
+    path.write_text('{"step": 0}\n')
+    assert tail.read_new() == [{"step": 0}]
+
+
+def test_lines_are_sparse_off_a_terminal() -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream, interval_s=1000.0) as console:
+        console.stage("train [x]")
+        task = console.task("spirit", 100)
+        for step in range(1, 101):
+            task.update(step, loss=2.0 / step)
+        task.update(100, loss=9.0)
+        console.note("done in [bold]")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[0] == "train [x]"
+    assert lines[1].startswith("  spirit  100/100  ")
+    assert "loss 0.02" in lines[1]
+    assert lines[2] == "  done in [bold]"
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_polled_looks_once_more_at_the_end() -> None:
+    seen: list[int] = []
+    with polled(lambda: seen.append(1), every_s=60):
+        pass
+    assert seen == [1]
+
+
+PROGRAM = """
+import os
+from rc_ray.progress import Progress
+with Progress() as console:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    task = console.task("spirit", 2)
+    task.update(1, loss=1.5)
+    console.note("half way")
+    task.update(2, loss=0.5)
+    print("swallowed")
+"""
+
+
+def test_the_console_outlives_a_redirected_stdout() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "half way" in done.stdout
+    assert "2/2" in done.stdout
+    assert "swallowed" not in done.stdout + done.stderr
+
+
+def test_a_terminal_gets_a_live_bar() -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    )
+    os.close(theirs)
+    chunks = []
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        chunks.append(chunk)
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    text = b"".join(chunks).decode()
+    assert "\x1b[" in text
+    assert "2/2" in text
+    assert "loss 0.5" in text
+    assert "\x1b[?25h" in text  # the cursor is back

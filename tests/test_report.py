@@ -1,0 +1,333 @@
+"""The report on hand-made results: what it claims, what it escapes and that it loads nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from rc_ray import artifacts, report
+from rc_ray.config import Experiment
+from rc_ray.errors import ArtifactError
+from rc_ray.findings import read_findings
+from rc_ray.page import render
+from rc_ray.progress import Progress
+from rc_ray.verdicts import (
+    Difference,
+    Results,
+    Score,
+    merge_verdict,
+    overall,
+    sentences,
+    standing,
+)
+
+NASTY = "<script>alert('genre')</script>"
+SYSTEMS = ("popularity", "base", "spirit", "ingredient", "uniform", "cocktail")
+VALUES = {
+    "action": (0.198, 0.161, 0.214, 0.292, 0.271, 0.309),
+    "horror_thriller": (0.223, 0.142, 0.187, 0.268, 0.249, 0.262),
+}
+
+
+def make_experiment(folder: Path) -> Experiment:
+    raw: dict[str, Any] = {
+        "name": "hand-made",
+        "output_dir": str(folder / "runs & more"),
+        "data": {
+            "sources": [
+                {
+                    "format": "movielens-100k",
+                    "genre_domains": {
+                        "family": [NASTY],
+                        "action": ["Action"],
+                        "horror_thriller": ["Horror"],
+                    },
+                }
+            ],
+            "spirit": ["family"],
+            "ingredients": ["action", "horror_thriller"],
+        },
+    }
+    return Experiment.model_validate(raw)
+
+
+def write_results(experiment: Experiment) -> Path:
+    """Plausible results: on `action` the cocktail beats the ingredient, elsewhere not."""
+    folder = artifacts.RunFolder(experiment.run_dir).evaluate_dir
+    folder.mkdir(parents=True)
+    scores, differences = [], []
+    for domain, values in VALUES.items():
+        for split, scale in (("warm", 1.0), ("cold", 0.6)):
+            for system, value in zip(SYSTEMS, values, strict=True):
+                for name, share in ((system, 1.0), (f"{system} (raw)", 0.8)):
+                    if name == "popularity (raw)":
+                        continue
+                    for metric, factor in (
+                        ("HR@1", 1.0),
+                        ("HR@5", 2.1),
+                        ("NDCG@5", 1.5),
+                        ("MRR", 1.6),
+                    ):
+                        centre = value * scale * share * factor
+                        scores.append(
+                            {
+                                "domain": domain,
+                                "split": split,
+                                "system": name,
+                                "metric": metric,
+                                "value": centre,
+                                "ci_low": centre - 0.035,
+                                "ci_high": centre + 0.035,
+                                "num_users": 512,
+                                "num_candidates": 20,
+                                "seed": 7,
+                            }
+                        )
+            for system, value in zip(SYSTEMS[:-1], values, strict=False):
+                gap = (values[-1] - value) * scale
+                differences.append(
+                    {
+                        "domain": domain,
+                        "split": split,
+                        "metric": "HR@1",
+                        "system_a": "cocktail",
+                        "system_b": system,
+                        "difference": gap,
+                        "ci_low": gap - 0.016,
+                        "ci_high": gap + 0.016,
+                        "p_value": 0.04,
+                        "num_users": 512,
+                    }
+                )
+    pq.write_table(pa.Table.from_pylist(scores), folder / "results.parquet")
+    pq.write_table(pa.Table.from_pylist(differences), folder / "differences.parquet")
+    artifacts.write_json(
+        folder / "calibration.json",
+        {d: {s: {"alpha": 1.0, "gamma": 0.5, "valid_ndcg": 0.3} for s in SYSTEMS} for d in VALUES},
+    )
+    artifacts.write_manifest(folder, stage="evaluate", config={}, seed=7, inputs={}, metrics={})
+    return folder
+
+
+def write_training(experiment: Experiment, *, num_layers: int = 30, num_steps: int = 60) -> None:
+    run = artifacts.RunFolder(experiment.run_dir)
+    folders = [run.spirit_dir, *map(run.ingredient_dir, experiment.data.ingredients)]
+    for place, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        rows = [
+            {"step": step, "loss": 4.2 - 0.2 * place + 1.6 / (1 + step / 9)}
+            for step in range(num_steps)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    groups = {"self_attn": "qkvo", "mlp": ("gate", "up", "down")}
+    names = [
+        f"model.layers.{layer}.{part}.{projection}_proj"
+        for layer in range(num_layers)
+        for part, projections in groups.items()
+        for projection in projections
+    ]
+    for place, domain in enumerate(experiment.data.ingredients):
+        folder = run.cocktail_dir(domain)
+        folder.mkdir(parents=True)
+        shares = [0.5 + 0.2 * ((7 * i + 13 * place) % 17 - 7) / 17 for i in range(len(names))]
+        artifacts.write_json(
+            folder / "weights.json",
+            {
+                "modules": names,
+                "adapters": ["spirit", "ingredient"],
+                "weights": [[1 - share, share] for share in shares],
+            },
+        )
+        rows = [{"step": step, "entropy": 3.9 - 0.02 * step * (place + 1)} for step in range(12)]
+        (folder / "entropy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        artifacts.write_manifest(folder, stage="merge", config={}, seed=7, inputs={}, metrics={})
+    for domain in experiment.data.domains:
+        folder = run.domain_dir(domain)
+        folder.mkdir(parents=True)
+        metrics = {"users": 890, "items": 372, "interactions": 12_345, "test_cases": 512}
+        artifacts.write_manifest(
+            folder, stage="prepare", config={}, seed=7, inputs={}, metrics=metrics
+        )
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    made = make_experiment(tmp_path)
+    write_results(made)
+    write_training(made)
+    return made
+
+
+class Outline(HTMLParser):
+    """Fails on unbalanced tags and collects what a browser would fetch or run."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "input", "link"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.loads += [f"{k}={v}" for k, v in attrs if k in ("src", "href", "srcset", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+
+def results_of(
+    *differences: tuple[str, str, float, float, float], split: str = "warm", domain: str = "action"
+) -> Results:
+    return Results(
+        scores={
+            (domain, split, s, "HR@1"): Score(0.3, 0.27, 0.33, 500, 20)
+            for s in ("cocktail", "ingredient", "popularity", "base", "spirit", "uniform")
+        },
+        differences={
+            (domain, split, "HR@1", a, b): Difference(value, low, high)
+            for a, b, value, low, high in differences
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"),
+    [(0.01, 0.09, "beats"), (-0.02, 0.04, "ties"), (-0.09, -0.01, "loses"), (0.0, 0.04, "ties")],
+)
+def test_an_outcome_needs_an_interval_without_zero(low: float, high: float, outcome: str) -> None:
+    difference = Difference((low + high) / 2, low, high)
+    assert difference.outcome == outcome
+    mirrored = {"beats": "loses", "loses": "beats", "ties": "ties"}
+    assert difference.reversed().outcome == mirrored[outcome]
+
+
+def test_a_sentence_tells_wins_losses_and_ties_apart() -> None:
+    results = results_of(
+        ("cocktail", "popularity", 0.09, 0.04, 0.14),
+        ("ingredient", "cocktail", 0.05, 0.01, 0.09),
+        ("cocktail", "uniform", 0.01, -0.02, 0.04),
+    )
+    told = standing(results, "action", "cocktail", ("popularity", "base", "ingredient", "uniform"))
+    assert told == (
+        "On `action` the cocktail (HR@1 0.300 [0.270, 0.330]) "
+        "beats popularity (+0.090 [+0.040, +0.140]); "
+        "it loses to the ingredient (-0.050 [-0.090, -0.010]); "
+        "it shows no difference from the uniform average (+0.010 [-0.020, +0.040])."
+    )
+
+
+@pytest.mark.parametrize(
+    ("over_ingredient", "over_uniform", "words"),
+    [
+        ((0.01, 0.05), (0.01, 0.05), "The merge won on `action`"),
+        ((-0.02, 0.05), (0.01, 0.05), "The merge won in part on `action`"),
+        ((-0.02, 0.05), (-0.01, 0.05), "The merge did not win on `action`"),
+        ((-0.06, -0.01), (0.01, 0.05), "The merge lost on `action`"),
+    ],
+)
+def test_a_merge_is_judged_by_its_controls(
+    over_ingredient: tuple[float, float], over_uniform: tuple[float, float], words: str
+) -> None:
+    results = results_of(
+        ("cocktail", "ingredient", sum(over_ingredient) / 2, *over_ingredient),
+        ("cocktail", "uniform", sum(over_uniform) / 2, *over_uniform),
+    )
+    assert (merge_verdict(results, "action") or "").startswith(words)
+
+
+def test_the_overall_claim_needs_both_plain_systems_beaten() -> None:
+    beaten = results_of(
+        ("ingredient", "popularity", 0.05, 0.01, 0.09), ("ingredient", "base", 0.1, 0.05, 0.15)
+    )
+    assert overall(beaten, ["action"]).startswith("On `action`, the one ingredient domain the")
+    half = results_of(
+        ("ingredient", "popularity", 0.05, -0.01, 0.09), ("ingredient", "base", 0.1, 0.05, 0.15)
+    )
+    assert overall(half, ["action"]).startswith("On no ingredient domain was it shown")
+    # One system must beat both: popularity beaten by one and the base LLM by another is no claim.
+    mixed = results_of(
+        ("ingredient", "popularity", 0.05, 0.01, 0.09),
+        ("cocktail", "base", 0.1, 0.05, 0.15),
+    )
+    assert overall(mixed, ["action"]).startswith("On no ingredient domain was it shown")
+
+
+def test_nothing_is_claimed_of_what_was_not_scored() -> None:
+    assert sentences(Results({}, {}), ["action"]) == ["No ingredient domain was scored."]
+    assert merge_verdict(Results({}, {}), "action") is None
+
+
+def test_the_page_is_balanced_and_loads_nothing(experiment: Experiment) -> None:
+    page = render(read_findings(experiment))
+    outline = Outline()
+    outline.feed(page)
+    outline.close()
+    assert outline.open == []
+    assert {"svg", "table", "style"} <= outline.seen
+    assert outline.loads == []
+    assert "script" not in outline.seen
+    assert not re.search(r"https?://|@import|url\(", page)
+
+
+def test_data_and_settings_are_escaped(experiment: Experiment) -> None:
+    page = render(read_findings(experiment))
+    assert NASTY not in page
+    assert "&lt;script&gt;" in page
+    assert "runs &amp; more" in page
+
+
+def test_the_stage_writes_both_pages_and_is_not_redone(experiment: Experiment) -> None:
+    console = Progress()
+    folder = report.run(experiment, console=console)
+    text = (folder / "report.md").read_text()
+    assert text.index("On `action` the cocktail") < text.index("| system |")
+    row = next(line for line in text.splitlines() if line.startswith("| cocktail |"))
+    assert "0.309 [0.274, 0.344]" in row
+    before = (folder / "index.html").stat().st_mtime_ns
+    report.run(experiment, console=console)
+    assert (folder / "index.html").stat().st_mtime_ns == before
+    report.run(experiment, force=True, console=console)
+    assert (folder / "index.html").stat().st_mtime_ns != before
+
+
+def test_a_missing_or_damaged_evaluation_is_named(tmp_path: Path) -> None:
+    made = make_experiment(tmp_path)
+    with pytest.raises(ArtifactError, match="evaluate"):
+        report.run(made, console=Progress())
+    folder = write_results(made)
+    (folder / "results.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ArtifactError, match=r"results\.parquet: damaged"):
+        report.run(made, console=Progress())
+
+
+def test_a_run_without_cocktails_still_gets_its_page(tmp_path: Path) -> None:
+    made = make_experiment(tmp_path)
+    write_results(made)
+    page = render(read_findings(made))
+    assert "How the cocktails mix" not in page
+    assert "Systems on <code>action</code>" in page
+
+
+def test_the_summary_fits_a_terminal(experiment: Experiment) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.summary_table(read_findings(experiment).results))
+    text = console.export_text()
+    assert ".31 [.27 .34]" in text
+    assert max(map(len, text.splitlines())) <= 80
