@@ -1,8 +1,8 @@
-"""Run folders: where each stage keeps its output, written so that a kill at any moment loses nothing.
+"""Run folders: where each stage keeps its output, so written that a kill never loses finished work.
 
-A stage folder is finished when it holds `manifest.json`. It is built in a sibling temporary folder or
-file and renamed, so no reader ever sees half of one. The manifest names the config section, the
-seed, the digests of what was read and of what was written; a stage is redone when any input differs.
+A stage folder is finished when it holds `manifest.json`. It is built in a sibling temporary folder
+or file and renamed, so no reader ever sees half of one. The manifest names the config section, the
+seed, the digests of what was read and of what was written; other inputs make the stage stale.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class DataConfig(Section):
     """Share of an ingredient domain's items held out of all training for the cold split."""
     num_negatives: PositiveInt = 19
     unlabeled_fraction: Fraction = 0.2
-    """Share of an ingredient domain's users whose prompts guide the merge; they are never scored."""
+    """Share of an ingredient domain's users whose prompts guide the merge, never scored."""
 
     @model_validator(mode="after")
     def _roles(self) -> DataConfig:

@@ -21,15 +21,9 @@ from torch import Tensor
 from rc_ray.artifacts import read_json, write_json
 from rc_ray.assets import model_dir
 from rc_ray.config import DeepSpeedConfig, TrainingConfig
+from rc_ray.core.adapters import Adapter, LoraPair, load_adapter, save_adapter
 from rc_ray.core.domains import Domain
-from rc_ray.core.model import (
-    Adapter,
-    LanguageModel,
-    LoraPair,
-    load_adapter,
-    save_adapter,
-    with_lora,
-)
+from rc_ray.core.model import LanguageModel, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import (
     Engine,

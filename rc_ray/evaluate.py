@@ -7,6 +7,7 @@ scores mean is decided in rc_ray/comparison.py. Ray is imported inside the funct
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
 from rc_ray.errors import UserError
 from rc_ray.progress import Progress
 from rc_ray.session import require_resources
-from rc_ray.shards import Group, Shard, read_group, shards_of
+from rc_ray.shards import DomainRun, Shard, SystemRun, read_scores, shards_of
 
 _ADAPTERS: dict[System, str] = {
     "base": "",
@@ -73,14 +74,11 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         return target
     start = time.monotonic()
     domains = {name: read_domain(folder.domain_dir(name)) for name in experiment.data.ingredients}
-    groups = plan_groups(experiment, folder, domains, inputs)
-    num_users = score_all(experiment, groups, force=force, console=console)
+    runs = [plan_run(experiment, folder, domain, inputs) for domain in domains.values()]
+    num_scores = score_all(experiment, runs, force=force, console=console)
     seconds = time.monotonic() - start
     tables = compare(
-        [
-            _domain_scores(experiment, domain, [g for g in groups if g.domain == name])
-            for name, domain in domains.items()
-        ],
+        [_domain_scores(experiment, domains[run.domain], run) for run in runs],
         experiment.evaluate,
         experiment.seed,
     )
@@ -97,56 +95,52 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
             inputs=inputs,
             metrics={
                 "seconds": round(seconds, 1),
-                "scored": num_users,
-                "users_per_s": round(num_users / seconds, 2),
+                "num_scores": num_scores,
+                "scores_per_s": round(num_scores / seconds, 2),
             },
         )
     return target
 
 
-def plan_groups(
-    experiment: Experiment,
-    folder: RunFolder,
-    domains: dict[str, Domain],
-    inputs: dict[str, str],
-) -> list[Group]:
-    """One group of shards per (domain, system that needs the LLM).
+def plan_run(
+    experiment: Experiment, folder: RunFolder, domain: Domain, inputs: dict[str, str]
+) -> DomainRun:
+    """What is to be scored on a domain by systems that need the LLM.
 
-    A group's folder is named after everything that shapes its scores: a new ingredient makes its
+    A system's folder is named after everything that shapes its scores: a new ingredient makes its
     own scores and the mixes' stale, not those of the base or the spirit.
     """
     settings = experiment.evaluate
-    groups = []
-    for name, domain in domains.items():
-        cases = chosen_cases(experiment, domain)
-        for system in settings.systems:
-            if system == "popularity":
-                continue
-            adapter = _ADAPTERS[system].format(domain=name)
-            shaping = {
-                "model": experiment.model.model_dump(mode="json"),
-                "style": experiment.tune.style,
-                "max_titles": settings.max_titles,
-                "domain": inputs[f"data/{name}"],
-                "adapter": inputs.get(adapter.removesuffix("/uniform"), "") + adapter,
-                "cases": {
-                    split: [case.user_id for case in found] for split, found in cases.items()
-                },
-            }
-            groups.append(
-                Group(
-                    domain=name,
-                    system=system,
-                    domain_dir=folder.domain_dir(name),
-                    adapter_dir=folder.root / adapter if adapter else None,
-                    folder=folder.root / "evaluate.work" / artifacts.digest(shaping)[:16],
-                    cases=cases,
-                    style=experiment.tune.style,
-                    max_titles=settings.max_titles,
-                    tokens_per_batch=settings.tokens_per_batch,
-                )
+    cases = chosen_cases(experiment, domain)
+    systems = []
+    for system in settings.systems:
+        if system == "popularity":
+            continue
+        adapter = _ADAPTERS[system].format(domain=domain.name)
+        shaping = {
+            "model": experiment.model.model_dump(mode="json"),
+            "style": experiment.tune.style,
+            "max_titles": settings.max_titles,
+            "domain": inputs[f"data/{domain.name}"],
+            "adapter": inputs.get(adapter.removesuffix("/uniform"), "") + adapter,
+            "cases": {split: [case.user_id for case in found] for split, found in cases.items()},
+        }
+        systems.append(
+            SystemRun(
+                system=system,
+                adapter_dir=folder.root / adapter if adapter else None,
+                folder=folder.root / "evaluate.work" / artifacts.digest(shaping)[:16],
             )
-    return groups
+        )
+    return DomainRun(
+        domain=domain.name,
+        domain_dir=folder.domain_dir(domain.name),
+        cases=cases,
+        systems=systems,
+        style=experiment.tune.style,
+        max_titles=settings.max_titles,
+        tokens_per_batch=settings.tokens_per_batch,
+    )
 
 
 def chosen_cases(experiment: Experiment, domain: Domain) -> dict[str, list[RankingCase]]:
@@ -160,7 +154,7 @@ def chosen_cases(experiment: Experiment, domain: Domain) -> dict[str, list[Ranki
 
 
 def score_all(
-    experiment: Experiment, groups: list[Group], *, force: bool, console: Progress
+    experiment: Experiment, runs: list[DomainRun], *, force: bool, console: Progress
 ) -> int:
     """Score every shard that is not on disk; the number of (user, system) pairs scored.
 
@@ -168,14 +162,11 @@ def score_all(
         EvaluationFailed: a shard failed, or its actor died more than twice.
     """
     if force:
-        for group in groups:
-            group.clear()
-    everything = [shard for group in groups for shard in shards_of(group)]
-    pending = [shard for shard in everything if not shard.path.exists()]
-    total = sum(shard.num_users for shard in everything)
-    done = total - sum(shard.num_users for shard in pending)
+        for system in (system for run in runs for system in run.systems):
+            shutil.rmtree(system.folder, ignore_errors=True)
+    pending = [shard for run in runs for shard in shards_of(run) if shard.missing]
     if not pending:
-        console.note(f"all {total} scores are there already")
+        console.note("every score is there already")
         return 0
     import ray
 
@@ -204,30 +195,31 @@ def score_all(
         )
         for _ in range(min(_num_actors(experiment), len(pending)))
     ]
+    total = sum(shard.num_scores for shard in pending)
     task = console.task("users x systems", total)
-    task.update(done)
-    running: dict[Any, tuple[Any, Shard]] = {}
+    done = 0
+    running: dict[Any, tuple[Any, Shard, int]] = {}
+
+    def give(actor: Any) -> None:
+        if pending:
+            shard = pending.pop(0)
+            running[actor.score.remote(shard)] = actor, shard, shard.num_scores
+
     try:
         for actor in actors:
-            shard = _next_shard(pending, None)
-            if shard is not None:
-                running[actor.score.remote(shard)] = actor, shard
+            give(actor)
         while running:
             (ready,), _ = ray.wait(list(running), num_returns=1)
-            actor, shard = running.pop(ready)
+            actor, shard, num_scores = running.pop(ready)
             try:
                 problem = ray.get(ready)
             except ray.exceptions.RayError as error:
                 problem = f"its process died: {str(error).splitlines()[0]}"
             if problem:
-                raise EvaluationFailed(
-                    f"evaluate: {shard.group.domain}, {shard.group.system}: {problem}"
-                )
-            done += shard.num_users
-            task.update(done, now=f"{shard.group.domain} {shard.group.system}")
-            following = _next_shard(pending, shard.group)
-            if following is not None:
-                running[actor.score.remote(following)] = actor, following
+                raise EvaluationFailed(f"evaluate: {shard.run.domain}: {problem}")
+            done += num_scores
+            task.update(done)
+            give(actor)
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -247,21 +239,6 @@ def _num_actors(experiment: Experiment) -> int:
     return max(1, int(fits))
 
 
-def _next_shard(pending: list[Shard], group: Group | None) -> Shard | None:
-    """A shard of the same group, whose adapter is in place, or else of the largest one left."""
-    if not pending:
-        return None
-    left: dict[Path, int] = {}
-    for shard in pending:
-        left[shard.group.folder] = left.get(shard.group.folder, 0) + 1
-    wanted = group.folder if group is not None and group.folder in left else None
-    if wanted is None:
-        wanted = max(left, key=lambda folder: left[folder])
-    shard = next(shard for shard in pending if shard.group.folder == wanted)
-    pending.remove(shard)
-    return shard
-
-
 def _inputs(experiment: Experiment, folder: RunFolder) -> dict[str, str]:
     systems = set(experiment.evaluate.systems)
     inputs = {}
@@ -278,14 +255,12 @@ def _inputs(experiment: Experiment, folder: RunFolder) -> dict[str, str]:
     return inputs
 
 
-def _domain_scores(experiment: Experiment, domain: Domain, groups: list[Group]) -> DomainScores:
-    cases = chosen_cases(experiment, domain)
+def _domain_scores(experiment: Experiment, domain: Domain, run: DomainRun) -> DomainScores:
     log_prior = domain.log_prior()
     systems: dict[System, SystemScores] = {}
-    for system in experiment.evaluate.systems:
-        if system == "popularity":
-            systems[system] = popularity(cases, log_prior)
-        else:
-            group = next(group for group in groups if group.system == system)
-            systems[system] = calibration(read_group(group), cases, log_prior, experiment.evaluate)
-    return DomainScores(name=domain.name, cases=cases, systems=systems)
+    if "popularity" in experiment.evaluate.systems:
+        systems["popularity"] = popularity(run.cases, log_prior)
+    for system in run.systems:
+        scores = read_scores(run, system)
+        systems[system.system] = calibration(scores, run.cases, log_prior, experiment.evaluate)
+    return DomainScores(name=domain.name, cases=run.cases, systems=systems)

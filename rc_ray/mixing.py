@@ -17,16 +17,14 @@ from torch import Tensor
 
 from rc_ray.artifacts import replaced_dir, write_json, write_manifest, write_text
 from rc_ray.config import MergeConfig
+from rc_ray.core.adapters import Adapter, load_adapter, save_adapter
 from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
 from rc_ray.core.merging import concatenate, uniform_weights
 from rc_ray.core.model import (
-    Adapter,
     AdapterMix,
     LanguageModel,
     choose_dtype,
-    load_adapter,
     load_language_model,
-    save_adapter,
 )
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker

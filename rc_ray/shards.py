@@ -1,4 +1,4 @@
-"""Shards of an evaluation: some users of one domain under one system, scored once, kept on disk.
+"""Shards of an evaluation: some users of one domain, scored once under each system, kept on disk.
 
 Letters: N users of a shard, C candidates, I items.
 """
@@ -6,11 +6,9 @@ Letters: N users of a shard, C candidates, I items.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +17,9 @@ import numpy.typing as npt
 import torch
 
 from rc_ray.config import System
+from rc_ray.core.adapters import Adapter, first_adapted_layer, load_adapter
 from rc_ray.core.domains import Domain, RankingCase, read_domain
-from rc_ray.core.model import choose_dtype, load_adapter, load_language_model
+from rc_ray.core.model import choose_dtype, load_language_model
 from rc_ray.core.prompts import PromptRenderer, Style
 from rc_ray.core.ranking import Ranker
 from rc_ray.engines import prepare_process
@@ -34,68 +33,78 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Group:
-    """All shards of one (domain, system)."""
+class SystemRun:
+    """One system on one domain."""
 
-    domain: str
     system: System
-    domain_dir: Path
     adapter_dir: Path | None
     """None is the bare base."""
     folder: Path
+    """Takes the scores."""
+
+
+@dataclass(frozen=True)
+class DomainRun:
+    """All that is scored on one domain."""
+
+    domain: str
+    domain_dir: Path
     cases: dict[str, list[RankingCase]] = field(repr=False)
     """By split: valid, warm, cold."""
+    systems: list[SystemRun]
     style: Style
     max_titles: int
     tokens_per_batch: int
 
-    def clear(self) -> None:
-        """Forget the scores."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 @dataclass(frozen=True)
 class Shard:
-    """Some cases of one split."""
+    """Some cases of one split, under every system of the domain."""
 
-    group: Group
+    run: DomainRun
     split: str
     start: int
 
     @property
     def cases(self) -> list[RankingCase]:
-        return self.group.cases.get(self.split, [])[self.start : self.start + USERS_PER_SHARD]
+        return self.run.cases.get(self.split, [])[self.start : self.start + USERS_PER_SHARD]
+
+    def path(self, system: SystemRun) -> Path:
+        return system.folder / f"{self.split}-{self.start:07d}.npy"
 
     @property
-    def num_users(self) -> int:
-        return len(self.cases)
+    def missing(self) -> list[SystemRun]:
+        """Systems whose scores are not on disk."""
+        return [system for system in self.run.systems if not self.path(system).exists()]
 
     @property
-    def path(self) -> Path:
-        return self.group.folder / f"{self.split}-{self.start:07d}.npy"
+    def num_scores(self) -> int:
+        """(user, system) pairs that are missing."""
+        return len(self.cases) * len(self.missing)
 
 
-def shards_of(group: Group) -> list[Shard]:
-    """Every shard of a group; the empty history's first."""
-    shards = [Shard(group, EMPTY, 0)]
-    for split, cases in group.cases.items():
-        shards += [Shard(group, split, start) for start in range(0, len(cases), USERS_PER_SHARD)]
+def shards_of(run: DomainRun) -> list[Shard]:
+    """Every shard of a domain; the empty history's first, since it is the longest."""
+    shards = [Shard(run, EMPTY, 0)]
+    for split, cases in run.cases.items():
+        shards += [Shard(run, split, start) for start in range(0, len(cases), USERS_PER_SHARD)]
     return shards
 
 
-def read_group(group: Group) -> dict[str, Floats]:
-    """The scores of a finished group: (I,) under `empty`, (N, C) by split.
+def read_scores(run: DomainRun, system: SystemRun) -> dict[str, Floats]:
+    """The scores of a finished system: (I,) under `empty`, (N, C) by split.
 
     Raises:
         ArtifactError: a shard is missing or damaged.
     """
-    found: dict[str, list[Floats]] = {split: [] for split in (EMPTY, *group.cases)}
-    for shard in shards_of(group):
+    found: dict[str, list[Floats]] = {split: [] for split in (EMPTY, *run.cases)}
+    for shard in shards_of(run):
+        path = shard.path(system)
         try:
-            found[shard.split].append(np.load(shard.path, allow_pickle=False))
+            found[shard.split].append(np.load(path, allow_pickle=False))
         except (OSError, ValueError, EOFError):
             raise ArtifactError(
-                f"{shard.path}: missing or damaged; delete it and evaluate again"
+                f"{path}: missing or damaged; delete it and evaluate again"
             ) from None
     return {
         split: np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
@@ -105,6 +114,8 @@ def read_group(group: Group) -> dict[str, Floats]:
 
 class ShardScorer:
     """A process with one base LLM; the Ray actor of the evaluation.
+
+    Decoder layers that none of a domain's adapters change are run once for all its systems.
 
     Args:
         model_dir: folder of the base LLM.
@@ -117,23 +128,26 @@ class ShardScorer:
         prepare_process(num_cpus)
         device = "cuda" if use_gpu else "cpu"
         self._lm = load_language_model(model_dir, choose_dtype(dtype, device), device)
-        self._folded = ExitStack()
-        self._key: Path | None = None
         self._domain: Domain | None = None
         self._ranker: Ranker | None = None
+        self._adapters: dict[System, Adapter] = {}
 
     def score(self, shard: Shard) -> str | None:
-        """Score a shard and write it; what is wrong where a retry would not help."""
+        """Write what is missing of a shard; returns what is wrong where no retry would help."""
         try:
-            ranker, domain = self._prepare(shard.group)
-            with torch.no_grad():
-                if shard.split == EMPTY:
-                    scores = ranker.empty_log_likelihoods().cpu().numpy()
-                else:
-                    scores = _score_cases(ranker, domain.titles, shard.cases)
-            if not np.isfinite(scores).all():
-                return "a score is not finite; check the adapter's training loss"
-            _write(shard.path, scores)
+            ranker, domain = self._prepare(shard.run)
+            histories, listed = _requests(shard, domain)
+            prepared = ranker.prepare(
+                histories,
+                listed,
+                shared_layers=first_adapted_layer(list(self._adapters.values())),
+            )
+            for system in shard.missing:
+                with torch.no_grad(), self._lm.folded(self._adapters.get(system.system)):
+                    scores = torch.stack(ranker.score(prepared)).cpu().numpy()  # (N, C)
+                if not np.isfinite(scores).all():
+                    return f"{system.system}: a score is not finite; check its training loss"
+                _write(shard.path(system), scores[0] if shard.split == EMPTY else scores)
         except UserError as error:
             return str(error)
         except Exception as error:
@@ -141,33 +155,33 @@ class ShardScorer:
             return f"{type(error).__name__}: {error}"
         return None
 
-    def _prepare(self, group: Group) -> tuple[Ranker, Domain]:
-        """Fold the group's adapter into the base, unless it is there already."""
-        if self._key != group.folder or self._ranker is None or self._domain is None:
-            self._folded.close()
-            self._key = None
-            if self._domain is None or self._domain.name != group.domain:
-                self._domain = read_domain(group.domain_dir)
-            adapter = load_adapter(group.adapter_dir) if group.adapter_dir else None
-            self._folded.enter_context(self._lm.folded(adapter))
+    def _prepare(self, run: DomainRun) -> tuple[Ranker, Domain]:
+        """The domain's catalogue and adapters, kept until another domain's turn."""
+        if self._domain is None or self._ranker is None or self._domain.name != run.domain:
+            self._domain = None
+            domain = read_domain(run.domain_dir)
+            self._adapters = {
+                system.system: load_adapter(system.adapter_dir)
+                for system in run.systems
+                if system.adapter_dir is not None
+            }
             self._ranker = Ranker(
                 self._lm,
-                group.domain,
-                self._domain.titles,
-                PromptRenderer(self._lm.tokenizer, group.style),
-                max_titles=group.max_titles,
-                tokens_per_batch=group.tokens_per_batch,
+                run.domain,
+                domain.titles,
+                PromptRenderer(self._lm.tokenizer, run.style),
+                max_titles=run.max_titles,
+                tokens_per_batch=run.tokens_per_batch,
             )
-            self._key = group.folder
+            self._domain = domain
         return self._ranker, self._domain
 
 
-def _score_cases(ranker: Ranker, titles: Sequence[str], cases: Sequence[RankingCase]) -> Floats:
-    scores = ranker.log_likelihoods(
-        [[titles[item] for item in case.history] for case in cases],
-        [case.candidates for case in cases],
-    )
-    return torch.stack(scores).cpu().numpy()  # (N, C)
+def _requests(shard: Shard, domain: Domain) -> tuple[list[list[str]], list[Sequence[int]]]:
+    if shard.split == EMPTY:
+        return [[]], [range(len(domain.titles))]
+    histories = [[domain.titles[item] for item in case.history] for case in shard.cases]
+    return histories, [case.candidates for case in shard.cases]
 
 
 def _write(path: Path, scores: Floats) -> None:

@@ -238,7 +238,7 @@ def _finish(
     target: Path, checkpoint: Checkpoint, metrics_path: Path, *, manifest: dict[str, Any]
 ) -> dict[str, Any]:
     """Check the last checkpoint's adapter and put it, sealed, in its place."""
-    from rc_ray.core.model import check_adapter, load_adapter
+    from rc_ray.core.adapters import check_adapter, load_adapter
     from rc_ray.engines import check_trained
 
     rows = read_metrics(metrics_path)

@@ -15,16 +15,10 @@ import torch
 
 from rc_ray.artifacts import replaced_dir, write_json, write_manifest
 from rc_ray.config import TrainingConfig
+from rc_ray.core.adapters import Adapter, check_adapter, save_adapter
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.metrics import ndcg, rank_targets
-from rc_ray.core.model import (
-    Adapter,
-    LanguageModel,
-    check_adapter,
-    choose_dtype,
-    load_language_model,
-    save_adapter,
-)
+from rc_ray.core.model import LanguageModel, choose_dtype, load_language_model
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.curves import read_metrics, summary, write_metrics

@@ -259,7 +259,7 @@ def _result(trial: Trial) -> dict[str, Any]:
 
 def _choose(target: Path, trials: list[Trial], problems: dict[Path, str], seed: int) -> Trial:
     """Put the best trial's adapter in the ingredient's place, with the table of all trials."""
-    from rc_ray.core.model import check_adapter, load_adapter
+    from rc_ray.core.adapters import check_adapter, load_adapter
     from rc_ray.engines import check_trained
 
     finished = [trial for trial in trials if trial.is_finished]

@@ -115,9 +115,12 @@ def test_a_stage_without_its_forerunner_says_which(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_ctrl_c_ends_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_ends_with_130(
+    raised: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        raise raised
 
     monkeypatch.setattr("rc_ray.prepare.run", interrupted)
     result = call("prepare", str(make_experiment(tmp_path)))

@@ -1,8 +1,8 @@
 """Delta algebra of LoRA adapters: weighted sums kept as one LoRA, exactly, by concatenation.
 
 `sum_k w_k s_k B_k A_k` is the product of the A's stacked by rows and the scaled B's side by side
-(LoRA soups, arXiv 2410.13025); its rank is the sum of the ranks. Averaging the A's and B's apart, as
-some tools do, is not the sum of the updates.
+(LoRA soups, arXiv 2410.13025); its rank is the sum of the ranks. Averaging the A's and B's apart,
+as some tools do, is not the sum of the updates.
 
 Letters: R rank, K adapters, L adapted linear layers.
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from rc_ray.core.model import Adapter, LoraPair
+from rc_ray.core.adapters import Adapter, LoraPair
 
 
 def concatenate(adapters: Sequence[Adapter], weights: Mapping[str, Sequence[float]]) -> Adapter:

@@ -1,17 +1,15 @@
-"""The base LLM and its LoRA adapters: loading, mixing at run time, folding, PEFT folders.
+"""The base LLM: loading, adapters that act on it at run time or folded in, a trainable LoRA.
 
-An adapter on disk is an ordinary PEFT LoRA folder. In memory it is a pair of matrices per linear
-layer; any number of adapters act on one shared base through forward hooks.
+Any number of adapters act on one shared base through forward hooks.
 
 Letters: B batch, T tokens, H hidden size, R rank, K adapters, L adapted linear layers.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,6 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,29 +28,8 @@ from transformers import (
 )
 
 from rc_ray.config import LoraConfig
+from rc_ray.core.adapters import Adapter, first_line
 from rc_ray.errors import ArtifactError
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """The update `scale * b @ a` of one linear layer."""
-
-    a: Tensor
-    """(R, in features)."""
-    b: Tensor
-    """(out features, R)."""
-    scale: float
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA pairs by module name, as `named_modules()` of the base model spells it."""
-
-    modules: dict[str, LoraPair]
 
 
 class AdapterMix:
@@ -161,15 +137,49 @@ class LanguageModel:
             for name, original in originals.items():
                 linears[name].weight.data.copy_(original)
 
-    def hidden(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None
+    def lower_states(
+        self, num_layers: int, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Last hidden states: (B, T) tokens -> (B, T, H). See `decoder_hidden`."""
-        return decoder_hidden(self.model, input_ids, position_ids, mask)
+        """Hidden states after the first `num_layers` layers: (B, T) tokens -> (B, T, H).
+
+        Adapters that leave these layers alone all share them.
+        """
+        layers = _layers(self.model)[:num_layers]
+        part = _decoder_part(self.model, layers, norm=nn.Identity())
+        output = part(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+        )
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def upper_hidden(
+        self, num_layers: int, states: Tensor, position_ids: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Last hidden states from what `lower_states` gave: (B, T, H) -> (B, T, H)."""
+        layers = _layers(self.model)[num_layers:]
+        part = _decoder_part(self.model, layers, norm=self.model.get_decoder().norm)
+        output = part(
+            inputs_embeds=states, position_ids=position_ids, attention_mask=mask, use_cache=False
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     def output_rows(self, vocabulary_ids: Tensor) -> Tensor:
         """(V, H) rows of the output projection, in fp32."""
         return output_rows(self.model, vocabulary_ids)
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    return list(model.get_decoder().layers)
+
+
+def _decoder_part(
+    model: PreTrainedModel, layers: Sequence[nn.Module], norm: nn.Module
+) -> nn.Module:
+    """A decoder that shares the model's weights and runs some of its layers."""
+    part: nn.Module = copy.copy(model.get_decoder())
+    part._modules = {**part._modules, "layers": nn.ModuleList(layers), "norm": norm}
+    return part
 
 
 def decoder_hidden(
@@ -219,7 +229,7 @@ def load_language_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ArtifactError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None
+        raise ArtifactError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
     model.requires_grad_(False)
     return LanguageModel(model=model.to(device).eval(), tokenizer=tokenizer)
 
@@ -291,116 +301,6 @@ def with_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftMode
     return peft_model
 
 
-def save_adapter(folder: Path, adapter: Adapter, base_name: str) -> None:
-    """Write an adapter as a PEFT LoRA folder and read it back to prove it.
-
-    Scales that differ between layers are multiplied into `b`, so that any PEFT release loads the
-    same update.
-
-    Raises:
-        ArtifactError: the adapter is empty or holds a value that is not finite.
-    """
-    ranks = {name: int(pair.a.shape[0]) for name, pair in adapter.modules.items()}
-    if not ranks:
-        raise ArtifactError(f"{folder}: an adapter without layers cannot be saved")
-    rank = max(ranks.values())
-    scales = {pair.scale for pair in adapter.modules.values()}
-    scale = scales.pop() if len(scales) == 1 else 1.0
-    tensors = {}
-    for name, pair in adapter.modules.items():
-        b = pair.b if pair.scale == scale else pair.b * (pair.scale / scale)
-        key = f"{_PEFT_PREFIX}{name}"
-        tensors[f"{key}.lora_A.weight"] = pair.a.detach().cpu().contiguous()
-        tensors[f"{key}.lora_B.weight"] = b.detach().cpu().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    config = PeftLoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
-        inference_mode=True,
-        r=rank,
-        lora_alpha=scale * rank,
-        target_modules=sorted(adapter.modules),
-        rank_pattern={name: r for name, r in ranks.items() if r != rank},
-        alpha_pattern={name: scale * r for name, r in ranks.items() if r != rank},
-    )
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
-    check_adapter(load_adapter(folder), folder)
-
-
-def load_adapter(folder: Path) -> Adapter:
-    """Read a PEFT LoRA folder.
-
-    Raises:
-        ArtifactError: files are missing or damaged, or the adapter is of a kind that is not a plain
-            low-rank update (DoRA, biases, fully trained modules).
-    """
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{error.filename or folder}: missing; no adapter here") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ArtifactError(f"{folder / ADAPTER_CONFIG}: damaged, not JSON") from None
-    except SafetensorError as error:
-        raise ArtifactError(
-            f"{folder / ADAPTER_WEIGHTS}: damaged or cut short ({_first_line(error)}); "
-            "run the stage that wrote it again with --force"
-        ) from None
-    _refuse_foreign(config, folder)
-    modules = {}
-    for key in sorted(k for k in tensors if k.endswith(".lora_A.weight")):
-        name = key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
-        a, b = tensors[key], tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if b is None or a.shape[0] != b.shape[1]:
-            raise ArtifactError(f"{folder / ADAPTER_WEIGHTS}: {name} has no matching lora_B")
-        rank = int(a.shape[0])
-        alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        modules[name] = LoraPair(a=a.float(), b=b.float(), scale=float(scale))
-    if not modules or len(tensors) != 2 * len(modules):
-        raise ArtifactError(f"{folder / ADAPTER_WEIGHTS}: holds more or other than LoRA matrices")
-    return Adapter(modules)
-
-
-def check_adapter(adapter: Adapter, folder: Path) -> None:
-    """Refuse an adapter with values that are not finite, or empty matrices (a lost ZeRO gather).
-
-    Raises:
-        ArtifactError: with the first bad layer.
-    """
-    for name, pair in adapter.modules.items():
-        if pair.a.numel() == 0 or pair.b.numel() == 0:
-            raise ArtifactError(f"{folder}: layer {name} of the saved adapter is empty")
-        if not (torch.isfinite(pair.a).all() and torch.isfinite(pair.b).all()):
-            raise ArtifactError(f"{folder}: layer {name} holds values that are not finite")
-
-
-def _refuse_foreign(config: Mapping[str, Any], folder: Path) -> None:
-    path = folder / ADAPTER_CONFIG
-    if config.get("peft_type") != "LORA":
-        raise ArtifactError(f"{path}: peft_type is {config.get('peft_type')}, expected LORA")
-    refused = {
-        "use_dora": config.get("use_dora"),
-        "lora_bias": config.get("lora_bias"),
-        "bias": config.get("bias", "none") != "none",
-        "modules_to_save": config.get("modules_to_save"),
-        "fan_in_fan_out": config.get("fan_in_fan_out"),
-    }
-    for field, present in refused.items():
-        if present:
-            raise ArtifactError(
-                f"{path}: `{field}` is set; only plain low-rank updates can be mixed"
-            )
-
-
-def _pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
 def _linears(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
     modules = dict(model.named_modules())
     found = {}
@@ -412,7 +312,3 @@ def _linears(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
             )
         found[name] = module
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

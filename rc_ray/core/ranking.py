@@ -40,6 +40,32 @@ class _Row:
         return len(self.prompt) + len(self.layout.tokens)
 
 
+@dataclass(frozen=True)
+class _PackedRows:
+    """Rows of one forward pass, run up to some layer."""
+
+    rows: list[_Row]
+    num_lower: int
+    states: Tensor
+    """(B, T, H) after `num_lower` layers; after none, the embeddings."""
+    position_ids: Tensor
+    """(B, T)."""
+    mask: Tensor
+    """(B, 1, T, T) bool."""
+    visits: Tensor
+    """(M,) index into the flattened hidden states."""
+    nodes: Tensor
+    """(M,) branching node of each visit."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Packed requests, to be scored under one adapter after another."""
+
+    batches: list[_PackedRows]
+    num_candidates: list[int]
+
+
 class Ranker:
     """Scores titles of one domain's catalogue under whatever adapters are active.
 
@@ -71,34 +97,53 @@ class Ranker:
         self.trie = CatalogueTrie([renderer.title(title) for title in titles])
         self._rows = lm.output_rows(self.trie.vocabulary_ids)  # (V, H)
 
-    def log_likelihoods(
-        self, histories: Sequence[Sequence[str]], candidates: Sequence[Sequence[int]]
-    ) -> list[Tensor]:
-        """Log p(title | history) over the whole catalogue's trie, in nats.
+    def prepare(
+        self,
+        histories: Sequence[Sequence[str]],
+        candidates: Sequence[Sequence[int]],
+        *,
+        shared_layers: int = 0,
+    ) -> Prepared:
+        """Pack requests for one or more calls of `score`.
 
         Args:
             histories: titles, oldest first, one list per request.
             candidates: item indices, one list per request.
-
-        Returns:
-            One (C,) fp32 tensor per request, on the model's device. Differentiable if gradients
-            are enabled.
+            shared_layers: decoder layers below this one are run now, once; no adapter that is
+                active in a later `score` may change them (see `model.first_adapted_layer`).
         """
         rows = [
             row
             for request, (history, items) in enumerate(zip(histories, candidates, strict=True))
             for row in self._split(request, history, items)
         ]
-        results = [torch.zeros(len(items), device=self.lm.device) for items in candidates]
-        for group in self._groups(rows):
-            for row, scores in zip(group, self._score(group), strict=True):
+        return Prepared(
+            batches=[self._pack(group, shared_layers) for group in self._groups(rows)],
+            num_candidates=[len(items) for items in candidates],
+        )
+
+    def score(self, prepared: Prepared) -> list[Tensor]:
+        """log p(title | history) over the whole catalogue's trie, in nats.
+
+        Returns:
+            One (C,) fp32 tensor per request, on the model's device. Differentiable if gradients
+            are enabled.
+        """
+        results = [torch.zeros(count, device=self.lm.device) for count in prepared.num_candidates]
+        for batch in prepared.batches:
+            for row, scores in zip(batch.rows, self._score(batch), strict=True):
                 places = torch.tensor(row.places, dtype=torch.long, device=scores.device)
-                request = row.request
-                results[request] = results[request].index_put((places,), scores)
+                results[row.request] = results[row.request].index_put((places,), scores)
         return results
 
+    def log_likelihoods(
+        self, histories: Sequence[Sequence[str]], candidates: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """`prepare` and `score` in one call."""
+        return self.score(self.prepare(histories, candidates))
+
     def empty_log_likelihoods(self) -> Tensor:
-        """Log p(title | empty history) of every item, (I,); depends on adapter and titles only."""
+        """log p(title | empty history) of every item, (I,); depends on adapter and titles only."""
         return self.log_likelihoods([[]], [range(len(self.titles))])[0]
 
     def _split(self, request: int, history: Sequence[str], items: Sequence[int]) -> list[_Row]:
@@ -140,7 +185,7 @@ class Ranker:
                 groups.append([row])
         return groups
 
-    def _score(self, rows: list[_Row]) -> list[Tensor]:
+    def _pack(self, rows: list[_Row], shared_layers: int) -> _PackedRows:
         length = max(row.length for row in rows)
         input_ids = torch.zeros(len(rows), length, dtype=torch.long)
         position_ids = torch.zeros_like(input_ids)
@@ -160,14 +205,25 @@ class Ranker:
             visits.extend(index * length + start + slot for slot in row.layout.visit_slots)
             nodes.extend(row.layout.visit_nodes)
         device = self.lm.device
-        hidden = self.lm.hidden(
-            input_ids.to(device), position_ids.to(device), mask[:, None].to(device)
+        ids, positions, seen = (x.to(device) for x in (input_ids, position_ids, mask[:, None]))
+        with torch.no_grad():
+            states = self.lm.lower_states(shared_layers, ids, positions, seen)
+        return _PackedRows(
+            rows=rows,
+            num_lower=shared_layers,
+            states=states,
+            position_ids=positions,
+            mask=seen,
+            visits=torch.tensor(visits, dtype=torch.long, device=device),
+            nodes=torch.tensor(nodes, dtype=torch.long, device=device),
         )
+
+    def _score(self, batch: _PackedRows) -> list[Tensor]:
+        hidden = self.lm.upper_hidden(batch.num_lower, batch.states, batch.position_ids, batch.mask)
         flat = hidden.reshape(-1, hidden.shape[-1])  # (B * T, H)
-        logits = flat[torch.tensor(visits, dtype=torch.long, device=device)].float() @ self._rows.T
-        visited = torch.tensor(nodes, dtype=torch.long, device=device)
-        values, starts = self.trie.edge_log_probs(logits, visited, with_prior=False)
-        return self._sum_decisions(rows, visited, values, starts)
+        logits = flat[batch.visits].float() @ self._rows.T  # (M, V)
+        values, starts = self.trie.edge_log_probs(logits, batch.nodes, with_prior=False)
+        return self._sum_decisions(batch.rows, batch.nodes, values, starts)
 
     def _sum_decisions(
         self, rows: list[_Row], visited: Tensor, values: Tensor, starts: Tensor

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from rc_ray.config import MergeConfig
-from rc_ray.core.model import Adapter, AdapterMix
+from rc_ray.core.adapters import Adapter, first_adapted_layer
+from rc_ray.core.model import AdapterMix
 from rc_ray.core.ranking import Ranker
 
 
@@ -77,16 +78,25 @@ def learn_weights(
     logits = torch.zeros(len(mix.modules), len(adapters), device=ranker.lm.device)
     logits.requires_grad_(True)
     optimizer = torch.optim.Adam([logits], lr=config.learning_rate)
+    # Layers below the first adapted one do not depend on the weights: run once, not every epoch.
+    shared_layers = first_adapted_layer(adapters)
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    batches = []
+    for start in range(0, len(order), config.batch_size):
+        chosen = [prompts[int(i)] for i in order[start : start + config.batch_size]]
+        batches.append(
+            ranker.prepare(
+                [prompt.history for prompt in chosen],
+                [prompt.candidates for prompt in chosen],
+                shared_layers=shared_layers,
+            )
+        )
     step = 0
-    for epoch in range(config.num_epochs):
-        order = np.random.default_rng((seed, epoch)).permutation(len(prompts))
-        for start in range(0, len(order), config.batch_size):
-            batch = [prompts[int(i)] for i in order[start : start + config.batch_size]]
+    for _ in range(config.num_epochs):
+        for batch in batches:
             weights = torch.softmax(logits / config.temperature, dim=-1)  # (L, K)
             with ranker.lm.using(mix.with_weights(weights)), torch.enable_grad():
-                scores = ranker.log_likelihoods(
-                    [prompt.history for prompt in batch], [prompt.candidates for prompt in batch]
-                )
+                scores = ranker.score(batch)
                 loss = torch.stack([entropy(score) for score in scores]).mean()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -94,5 +104,5 @@ def learn_weights(
             with torch.no_grad():
                 learned = torch.softmax(logits / config.temperature, dim=-1).cpu()
             rows = learned.double().tolist()
-            yield WeightingStep(step, float(loss), dict(zip(mix.modules, rows, strict=True)))
+            yield WeightingStep(step, loss.item(), dict(zip(mix.modules, rows, strict=True)))
             step += 1

@@ -14,15 +14,17 @@ from pydantic import ValidationError
 from rc_ray.artifacts import MANIFEST, RunFolder, read_json, sha256_file
 from rc_ray.assets import model_dir
 from rc_ray.config import Experiment
-from rc_ray.core.domains import read_domain
-from rc_ray.core.model import (
+from rc_ray.core.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    check_adapter,
+    load_adapter,
+)
+from rc_ray.core.domains import read_domain
+from rc_ray.core.model import (
     AdapterMix,
     LanguageModel,
-    check_adapter,
     choose_dtype,
-    load_adapter,
     load_language_model,
 )
 from rc_ray.core.prompts import PromptRenderer

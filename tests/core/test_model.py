@@ -11,18 +11,20 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rc_ray.core.merging import concatenate, uniform_weights
-from rc_ray.core.model import (
+from rc_ray.core.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     Adapter,
+    LoraPair,
+    load_adapter,
+    save_adapter,
+)
+from rc_ray.core.merging import concatenate, uniform_weights
+from rc_ray.core.model import (
     AdapterMix,
     LanguageModel,
-    LoraPair,
     choose_dtype,
-    load_adapter,
     load_language_model,
-    save_adapter,
 )
 from rc_ray.errors import ArtifactError
 from tests.tiny import make_model
@@ -82,9 +84,8 @@ def test_one_adapter_at_weight_one_is_that_adapter_in_plain_peft(
     with lm.folded(adapter):
         folded = logits(lm)
     save_adapter(tmp_path / "adapter", adapter, "tiny")
-    peft = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter"
-    )
+    bare_model = AutoModelForCausalLM.from_pretrained(folder)
+    peft = PeftModel.from_pretrained(bare_model, tmp_path / "adapter")
     with torch.no_grad():
         reference = peft.eval()(input_ids=TOKENS).logits
     assert not close(bare, plain)
@@ -118,9 +119,8 @@ def test_concatenation_is_the_weighted_sum_in_plain_peft(
     save_adapter(tmp_path / "adapter", merged, "tiny")
     with lm.folded(load_adapter(tmp_path / "adapter")):
         folded = logits(lm)
-    peft = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter"
-    )
+    bare_model = AutoModelForCausalLM.from_pretrained(folder)
+    peft = PeftModel.from_pretrained(bare_model, tmp_path / "adapter")
     with torch.no_grad():
         reference = peft.eval()(input_ids=TOKENS).logits
     assert close(live, folded)

@@ -107,3 +107,15 @@ def test_calibrated_worked_by_hand() -> None:
 
 def test_ties_go_by_item_id() -> None:
     assert best_first(np.array([1.0, 2.0, 1.0, 2.0]), ["d", "c", "a", "b"]) == [3, 1, 2, 0]
+
+
+@pytest.mark.parametrize("shared_layers", [1, 2])
+def test_layers_that_adapters_leave_alone_are_run_once(
+    lm: LanguageModel, shared_layers: int
+) -> None:
+    ranker = Ranker(lm, "tools", TITLES, PromptRenderer(lm.tokenizer))
+    with torch.no_grad():
+        whole = ranker.log_likelihoods(HISTORIES, CANDIDATES)
+        shared = ranker.score(ranker.prepare(HISTORIES, CANDIDATES, shared_layers=shared_layers))
+    for a, b in zip(whole, shared, strict=True):
+        assert a.numpy() == pytest.approx(b.numpy(), abs=1e-4)

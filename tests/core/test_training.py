@@ -52,7 +52,7 @@ def make_plan(lm: LanguageModel, **settings: object) -> TrainingPlan:
 def plain_title_nll(
     lm: LanguageModel, tokens: list[int], start: int, item: int, *, with_prior: bool
 ) -> float:
-    """By the definition: at each token, the softmax over what titles of equal beginning go on with."""
+    """By definition: at each token, the softmax over what titles of equal beginning go on with."""
     titles = [PromptRenderer(lm.tokenizer).title(title) for title in TITLES]
     weights = make_domain().num_train + 1.0
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_packing_changes_nothing(lm: LanguageModel) -> None:
             tokens += plan.title_tokens["tools"][item]
         examples.append(Example("tools", tuple(tokens), tuple(titles)))
     packed = pack(examples, plan.tries, plan.title_tokens)
-    assert packed.input_ids.shape[0] == 2  # the three short ones fit behind each other
+    assert packed.input_ids.shape[0] < len(examples)
     assert packed.mask is not None
     model = TrainingModule(with_lora(lm.model, plan.config.lora, 0), plan.tries, plan.config)
 

@@ -15,8 +15,9 @@ import torch
 from rc_ray import artifacts, engines, train, worker
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
+from rc_ray.core.adapters import load_adapter
 from rc_ray.core.domains import read_domain
-from rc_ray.core.model import load_adapter, load_language_model
+from rc_ray.core.model import load_language_model
 from rc_ray.errors import ConfigError
 from rc_ray.progress import JsonlTail
 from rc_ray.session import ray_session

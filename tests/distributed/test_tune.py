@@ -16,8 +16,8 @@ import torch
 from rc_ray import artifacts, tune
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
+from rc_ray.core.adapters import load_adapter
 from rc_ray.core.domains import Domain, RankingCase
-from rc_ray.core.model import load_adapter
 from rc_ray.engines import Learner
 from rc_ray.errors import ConfigError
 from rc_ray.session import ray_session

@@ -11,7 +11,8 @@ import torch
 
 from rc_ray.artifacts import RunFolder, write_json, write_manifest
 from rc_ray.config import Experiment, load
-from rc_ray.core.model import Adapter, LoraPair, load_language_model, save_adapter
+from rc_ray.core.adapters import Adapter, LoraPair, save_adapter
+from rc_ray.core.model import load_language_model
 from tests import tiny
 
 DOMAINS = ("rivers", "tools")

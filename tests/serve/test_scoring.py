@@ -10,7 +10,8 @@ import torch
 
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
-from rc_ray.core.model import LanguageModel, load_adapter
+from rc_ray.core.adapters import load_adapter
+from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.errors import ArtifactError

@@ -1,0 +1,168 @@
+"""LoRA adapters: in memory a pair of matrices per linear layer, on disk a PEFT LoRA folder.
+
+Letters: R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rc_ray.errors import ArtifactError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The update `scale * b @ a` of one linear layer."""
+
+    a: Tensor
+    """(R, in features)."""
+    b: Tensor
+    """(out features, R)."""
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA pairs by module name, as `named_modules()` of the base model spells it."""
+
+    modules: dict[str, LoraPair]
+
+
+def first_adapted_layer(adapters: Sequence[Adapter]) -> int:
+    """The lowest decoder layer that any of the adapters changes; 0 where a name tells no layer."""
+    found = []
+    for adapter in adapters:
+        for name in adapter.modules:
+            match = re.search(r"\.layers\.(\d+)\.", name)
+            found.append(int(match.group(1)) if match else 0)
+    return min(found, default=0)
+
+
+def save_adapter(folder: Path, adapter: Adapter, base_name: str) -> None:
+    """Write an adapter as a PEFT LoRA folder and read it back to prove it.
+
+    Scales that differ between layers are multiplied into `b`, so that any PEFT release loads the
+    same update.
+
+    Raises:
+        ArtifactError: the adapter is empty or holds a value that is not finite.
+    """
+    ranks = {name: int(pair.a.shape[0]) for name, pair in adapter.modules.items()}
+    if not ranks:
+        raise ArtifactError(f"{folder}: an adapter without layers cannot be saved")
+    rank = max(ranks.values())
+    scales = {pair.scale for pair in adapter.modules.values()}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    tensors = {}
+    for name, pair in adapter.modules.items():
+        b = pair.b if pair.scale == scale else pair.b * (pair.scale / scale)
+        key = f"{_PEFT_PREFIX}{name}"
+        tensors[f"{key}.lora_A.weight"] = pair.a.detach().cpu().contiguous()
+        tensors[f"{key}.lora_B.weight"] = b.detach().cpu().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=scale * rank,
+        target_modules=sorted(adapter.modules),
+        rank_pattern={name: r for name, r in ranks.items() if r != rank},
+        alpha_pattern={name: scale * r for name, r in ranks.items() if r != rank},
+    )
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    check_adapter(load_adapter(folder), folder)
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """Read a PEFT LoRA folder.
+
+    Raises:
+        ArtifactError: files are missing or damaged, or the adapter is of a kind that is not a plain
+            low-rank update (DoRA, biases, fully trained modules).
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{error.filename or folder}: missing; no adapter here") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ArtifactError(f"{folder / ADAPTER_CONFIG}: damaged, not JSON") from None
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"{folder / ADAPTER_WEIGHTS}: damaged or cut short ({first_line(error)}); "
+            "run the stage that wrote it again with --force"
+        ) from None
+    _refuse_foreign(config, folder)
+    modules = {}
+    for key in sorted(k for k in tensors if k.endswith(".lora_A.weight")):
+        name = key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
+        a, b = tensors[key], tensors.get(key.replace(".lora_A.", ".lora_B."))
+        if b is None or a.shape[0] != b.shape[1]:
+            raise ArtifactError(f"{folder / ADAPTER_WEIGHTS}: {name} has no matching lora_B")
+        rank = int(a.shape[0])
+        alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        modules[name] = LoraPair(a=a.float(), b=b.float(), scale=float(scale))
+    if not modules or len(tensors) != 2 * len(modules):
+        raise ArtifactError(f"{folder / ADAPTER_WEIGHTS}: holds more or other than LoRA matrices")
+    return Adapter(modules)
+
+
+def check_adapter(adapter: Adapter, folder: Path) -> None:
+    """Refuse an adapter with values that are not finite, or empty matrices (a lost ZeRO gather).
+
+    Raises:
+        ArtifactError: with the first bad layer.
+    """
+    for name, pair in adapter.modules.items():
+        if pair.a.numel() == 0 or pair.b.numel() == 0:
+            raise ArtifactError(f"{folder}: layer {name} of the saved adapter is empty")
+        if not (torch.isfinite(pair.a).all() and torch.isfinite(pair.b).all()):
+            raise ArtifactError(f"{folder}: layer {name} holds values that are not finite")
+
+
+def _refuse_foreign(config: Mapping[str, Any], folder: Path) -> None:
+    path = folder / ADAPTER_CONFIG
+    if config.get("peft_type") != "LORA":
+        raise ArtifactError(f"{path}: peft_type is {config.get('peft_type')}, expected LORA")
+    refused = {
+        "use_dora": config.get("use_dora"),
+        "lora_bias": config.get("lora_bias"),
+        "bias": config.get("bias", "none") != "none",
+        "modules_to_save": config.get("modules_to_save"),
+        "fan_in_fan_out": config.get("fan_in_fan_out"),
+    }
+    for field, present in refused.items():
+        if present:
+            raise ArtifactError(
+                f"{path}: `{field}` is set; only plain low-rank updates can be mixed"
+            )
+
+
+def _pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for a one-line message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
