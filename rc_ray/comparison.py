@@ -24,7 +24,7 @@ from rc_ray.core.metrics import (
     paired_bootstrap,
     rank_targets,
 )
-from rc_ray.core.ranking import calibrated
+from rc_ray.core.ranking import WITH_PRIOR, calibrated
 
 RAW_SUFFIX = " (raw)"
 """Marks the rows of a system whose likelihoods were not calibrated."""
@@ -80,8 +80,9 @@ class SystemScores:
     raw_ranks: Mapping[str, TargetRanks]
     alpha: float
     gamma: float
+    prior_in_trie: bool
     valid_ndcg: float | None
-    """Of the chosen pair on the validation users; None without any."""
+    """Of the chosen setting on the validation users; None without any."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Tables:
     results: pa.Table
     differences: pa.Table
     ranks: pa.Table
-    calibration: dict[str, dict[str, dict[str, float | None]]]
+    calibration: dict[str, dict[str, dict[str, float | bool | None]]]
 
 
 def calibration(
@@ -109,39 +110,42 @@ def calibration(
     log_prior: Floats,
     config: EvaluateConfig,
 ) -> SystemScores:
-    """Choose alpha and gamma by NDCG over the whole list of the validation users, then rank.
+    """Choose the score's settings by NDCG over the validation users' whole lists, then rank.
 
     Args:
-        scores: (I,) under `empty`, (N, C) by split.
+        scores: (1, 2, I) under `empty`, (N, 2, C) by split.
         cases: by split, in the order of the scores.
         log_prior: (I,).
-        config: the values to choose from; the first pair wins a tie.
+        config: the values to choose from; the first point of the grid wins a tie.
     """
     parts = {
-        split: (scores[split], *_aligned(found, scores["empty"], log_prior))
+        split: (scores[split], *_aligned(found, scores["empty"][0], log_prior))
         for split, found in cases.items()
         if found
     }
     targets = {split: _targets(found) for split, found in cases.items() if found}
 
-    def rank(split: str, alpha: float, gamma: float) -> TargetRanks:
+    def rank(split: str, alpha: float, gamma: float, inside: bool) -> TargetRanks:
         likelihood, empty, prior = parts[split]
-        final = calibrated(likelihood, empty, prior, alpha=alpha, gamma=gamma)
+        row = WITH_PRIOR if inside else 0
+        final = calibrated(likelihood[:, row], empty[:, row], prior, alpha=alpha, gamma=gamma)
         return rank_targets(final, targets[split])
 
-    grid = list(itertools.product(config.alphas, config.gammas))
+    grid = list(itertools.product(config.alphas, config.gammas, config.prior_in_trie))
     best, quality = grid[0], None
     if "valid" in parts:
-        num_candidates = parts["valid"][0].shape[1]
-        values = [float(ndcg(rank("valid", a, g), num_candidates).mean()) for a, g in grid]
+        num_candidates = parts["valid"][0].shape[-1]
+        values = [float(ndcg(rank("valid", *point), num_candidates).mean()) for point in grid]
         quality = max(values)
         best = grid[values.index(quality)]
     tests = [split for split in parts if split != "valid"]
+    alpha, gamma, inside = best
     return SystemScores(
-        ranks={split: rank(split, *best) for split in tests},
-        raw_ranks={split: rank(split, 0.0, 0.0) for split in tests},
-        alpha=best[0],
-        gamma=best[1],
+        ranks={split: rank(split, alpha, gamma, inside) for split in tests},
+        raw_ranks={split: rank(split, 0.0, 0.0, False) for split in tests},
+        alpha=alpha,
+        gamma=gamma,
+        prior_in_trie=inside,
         valid_ndcg=quality,
     )
 
@@ -159,7 +163,7 @@ def popularity(cases: Mapping[str, Sequence[RankingCase]], log_prior: Floats) ->
     quality = None
     if valid is not None:
         quality = float(ndcg(valid, len(cases["valid"][0].candidates)).mean())
-    return SystemScores(ranks, ranks, alpha=0.0, gamma=1.0, valid_ndcg=quality)
+    return SystemScores(ranks, ranks, alpha=0.0, gamma=1.0, prior_in_trie=False, valid_ndcg=quality)
 
 
 def compare(domains: Sequence[DomainScores], config: EvaluateConfig, seed: int) -> Tables:
@@ -173,10 +177,15 @@ def compare(domains: Sequence[DomainScores], config: EvaluateConfig, seed: int) 
     results: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     ranks: list[dict[str, Any]] = []
-    chosen: dict[str, dict[str, dict[str, float | None]]] = {}
+    chosen: dict[str, dict[str, dict[str, float | bool | None]]] = {}
     for domain in domains:
         chosen[domain.name] = {
-            name: {"alpha": s.alpha, "gamma": s.gamma, "valid_ndcg": s.valid_ndcg}
+            name: {
+                "alpha": s.alpha,
+                "gamma": s.gamma,
+                "prior_in_trie": s.prior_in_trie,
+                "valid_ndcg": s.valid_ndcg,
+            }
             for name, s in domain.systems.items()
         }
         for split, cases in domain.cases.items():
@@ -261,7 +270,7 @@ def _aligned(
     cases: Sequence[RankingCase], empty: Floats, log_prior: Floats
 ) -> tuple[Floats, Floats]:
     items = np.array([case.candidates for case in cases])  # (N, C)
-    return empty[items], log_prior[items]
+    return empty[:, items].transpose(1, 0, 2), log_prior[items]  # (N, 2, C), (N, C)
 
 
 def _targets(cases: Sequence[RankingCase]) -> list[int]:

@@ -160,7 +160,7 @@ class TrainingConfig(Section):
     loss: Literal["trie", "vocabulary"] = "trie"
     """`trie` normalises over the children of branching trie nodes; `vocabulary` over all tokens."""
     prior_in_loss: bool = True
-    """Add the log prior mass of each trie branch to its logit (arXiv 2007.07314)."""
+    """Add the log clicks behind each trie branch to its logit (arXiv 2007.07314); `trie` only."""
     lora: LoraConfig = LoraConfig()
     num_steps: PositiveInt = 100
     batch_size: PositiveInt = 8
@@ -174,6 +174,11 @@ class TrainingConfig(Section):
     """Titles per training history; longer histories are cropped at a seeded random place."""
     max_tokens: PositiveInt = 1024
     """Tokens per training row; oldest titles go first."""
+
+    @property
+    def learns_with_prior(self) -> bool:
+        """Whether the trained model's own likelihood has the prior inside the trie."""
+        return self.loss == "trie" and self.prior_in_loss
 
 
 class DeepSpeedConfig(Section):
@@ -278,8 +283,10 @@ class EvaluateConfig(Section):
     """Validation users that choose alpha and gamma."""
     alphas: tuple[NonNegativeFloat, ...] = Field(default=(0.0, 0.5, 1.0), min_length=1)
     """Weights of log p(title | empty history) to choose from."""
-    gammas: tuple[NonNegativeFloat, ...] = Field(default=(0.0, 0.25, 0.5, 1.0), min_length=1)
+    gammas: tuple[NonNegativeFloat, ...] = Field(default=(0.0, 0.5, 1.0, 2.0), min_length=1)
     """Weights of the popularity prior to choose from."""
+    prior_in_trie: tuple[bool, ...] = Field(default=(False, True), min_length=1)
+    """Whether the likelihood itself may hold the prior, at every branch of the trie."""
     max_titles: PositiveInt = 15
     """History titles in a prompt."""
     tokens_per_batch: PositiveInt = 4096

@@ -72,6 +72,7 @@ def make_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[s
     config = {
         "merge": merge.model_dump(mode="json", exclude={"cpus_per_task", "gpus_per_task"}),
         "style": experiment.tune.style,
+        "with_prior": experiment.tune.learns_with_prior,
         "model": experiment.model.model_dump(mode="json"),
     }
     inputs = {

@@ -61,6 +61,7 @@ def _mix(order: dict[str, Any]) -> dict[str, Any]:
         lm,
         domain.name,
         domain.titles,
+        domain.num_train,
         PromptRenderer(lm.tokenizer, order["config"]["style"]),
         max_titles=config.max_titles,
         tokens_per_batch=order["tokens_per_batch"],
@@ -74,7 +75,14 @@ def _mix(order: dict[str, Any]) -> dict[str, Any]:
     curve_path = Path(order["curve_path"])
     curve_path.parent.mkdir(parents=True, exist_ok=True)
     with curve_path.open("w", encoding="utf-8") as log:
-        for step in learn_weights(ranker, adapters, prompts, config, order["seed"]):
+        for step in learn_weights(
+            ranker,
+            adapters,
+            prompts,
+            config,
+            order["seed"],
+            with_prior=order["config"]["with_prior"],
+        ):
             curve.append({"step": step.step, "entropy": step.entropy, "num_steps": num_steps})
             log.write(json.dumps(curve[-1]) + "\n")
             log.flush()

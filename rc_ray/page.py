@@ -147,16 +147,18 @@ def _raw_table(
     if not measured:
         return ""
     calibration = findings.calibration.get(domain, {})
-    head = '<tr><th></th><th class="group" colspan="2">chosen</th>' + "".join(
+    head = '<tr><th></th><th class="group" colspan="3">chosen</th>' + "".join(
         f'<th class="group" colspan="{2 * len(shown)}">{SPLITS[split]}</th>' for split in splits
     )
-    head += "</tr><tr><th>system</th><th>&alpha;</th><th>&gamma;</th>" + "".join(
-        f"<th>{metric}</th><th>raw</th>" for _ in splits for metric in shown
+    head += (
+        "</tr><tr><th>system</th><th>&alpha;</th><th>&gamma;</th><th>prior in trie</th>"
+        + "".join(f"<th>{metric}</th><th>raw</th>" for _ in splits for metric in shown)
     )
     rows = []
     for system in measured:
         chosen = calibration.get(system, {})
         cells = [f"{chosen[k]:g}" if k in chosen else "" for k in ("alpha", "gamma")]
+        cells.append("yes" if chosen.get("prior_in_trie") else "no")
         for split in splits:
             for metric in shown:
                 for name in (system, f"{system} (raw)"):
@@ -164,7 +166,7 @@ def _raw_table(
         rows.append((system, cells))
     return (
         '<div class="card"><h3>Calibrated score beside the raw likelihood</h3>'
-        '<p class="soft">With &alpha; and &gamma; chosen on validation users, the score '
+        '<p class="soft">With all three chosen on validation users, the score '
         "is log p(title | history) &minus; &alpha; log p(title | empty "
         "history) + &gamma; log prior(title).</p>"
         f"{_table(head + '</tr>', rows)}</div>"

@@ -92,7 +92,7 @@ def shards_of(run: DomainRun) -> list[Shard]:
 
 
 def read_scores(run: DomainRun, system: SystemRun) -> dict[str, Floats]:
-    """The scores of a finished system: (I,) under `empty`, (N, C) by split.
+    """The scores of a finished system: (1, 2, I) under `empty`, (N, 2, C) by split.
 
     Raises:
         ArtifactError: a shard is missing or damaged.
@@ -107,7 +107,7 @@ def read_scores(run: DomainRun, system: SystemRun) -> dict[str, Floats]:
                 f"{path}: missing or damaged; delete it and evaluate again"
             ) from None
     return {
-        split: np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+        split: np.concatenate(parts) if parts else np.zeros((0, 2, 1), np.float32)
         for split, parts in found.items()
     }
 
@@ -144,10 +144,10 @@ class ShardScorer:
             )
             for system in shard.missing:
                 with torch.no_grad(), self._lm.folded(self._adapters.get(system.system)):
-                    scores = torch.stack(ranker.score(prepared)).cpu().numpy()  # (N, C)
+                    scores = torch.stack(ranker.score(prepared)).cpu().numpy()  # (N, 2, C)
                 if not np.isfinite(scores).all():
                     return f"{system.system}: a score is not finite; check its training loss"
-                _write(shard.path(system), scores[0] if shard.split == EMPTY else scores)
+                _write(shard.path(system), scores)
         except UserError as error:
             return str(error)
         except Exception as error:
@@ -169,6 +169,7 @@ class ShardScorer:
                 self._lm,
                 run.domain,
                 domain.titles,
+                domain.num_train,
                 PromptRenderer(self._lm.tokenizer, run.style),
                 max_titles=run.max_titles,
                 tokens_per_batch=run.tokens_per_batch,

@@ -74,12 +74,17 @@ def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
             lm,
             domain.name,
             domain.titles,
+            domain.num_train,
             renderer,
             max_titles=trial["valid_max_titles"],
             tokens_per_batch=trial["tokens_per_batch"],
         )
         quality, num_users = validate(
-            ranker, domain, num_users=trial["num_valid_users"], seed=trial["seed"]
+            ranker,
+            domain,
+            num_users=trial["num_valid_users"],
+            seed=trial["seed"],
+            with_prior=setting.learns_with_prior,
         )
     save_adapter(folder / "adapter", adapter, trial["model"]["path"])
     rows = read_metrics(folder / "metrics.jsonl")
@@ -98,12 +103,16 @@ def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate(
-    ranker: Ranker, domain: Domain, *, num_users: int, seed: int
+    ranker: Ranker, domain: Domain, *, num_users: int, seed: int, with_prior: bool
 ) -> tuple[float | None, int]:
     """Mean NDCG over validation users that are scored, on warm items.
 
-    The score is log p(title | history) - log p(title | empty history): the raw likelihood would
-    favour whatever titles the adapter likes anyway.
+    Args:
+        ranker: with the adapter in place.
+        domain: gives the users.
+        num_users: at most so many.
+        seed: which ones.
+        with_prior: rank by the likelihood with the prior inside the trie, as it was trained.
 
     Returns:
         The mean over users of 1 / log2(rank + 1), in (0, 1], and the number of users; None and 0
@@ -113,16 +122,14 @@ def validate(
     if not cases:
         return None, 0
     histories = [[domain.titles[item] for item in case.history] for case in cases]
-    listed = [list(case.candidates) for case in cases]
-    every = sorted({item for items in listed for item in items})
     with torch.no_grad():
-        scores = ranker.log_likelihoods(histories, listed)
-        empty = dict(zip(every, ranker.log_likelihoods([[]], [every])[0].tolist(), strict=True))
+        scores = ranker.log_likelihoods(
+            histories, [case.candidates for case in cases], with_prior=with_prior
+        )
     gains = []
-    for case, items, score in zip(cases, listed, scores, strict=True):
-        lifted = score.cpu().numpy() - np.array([empty[item] for item in items])
-        ranks = rank_targets(lifted[None], [items.index(case.target)])
-        gains.append(float(ndcg(ranks, len(items))[0]))
+    for case, score in zip(cases, scores, strict=True):
+        ranks = rank_targets(score.cpu().numpy()[None], [case.candidates.index(case.target)])
+        gains.append(float(ndcg(ranks, len(case.candidates))[0]))
     return float(np.mean(gains)), len(gains)
 
 

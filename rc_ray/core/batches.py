@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rc_ray.core.trie import CatalogueTrie
+from rc_ray.core.trie import CatalogueTrie, Taken
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,14 @@ class Example:
     """One training text of one catalogue.
 
     `titles` are (item, start) pairs: the item's title tokens begin at `start` of `tokens` and are
-    supervised; the token before `start` predicts the first of them.
+    supervised; the token before `start` predicts the first of them. A title that the user chose
+    before, in `earlier` or among the `titles` so far, cannot be the next one.
     """
 
     catalogue: str
     tokens: tuple[int, ...]
     titles: tuple[tuple[int, int], ...]
+    earlier: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,16 @@ class Decisions:
     """(D,) branching node."""
     edges: Tensor
     """(D,) edge taken."""
+    taken: Taken
+    """What cannot be chosen at each decision."""
 
     def to(self, device: torch.device) -> Decisions:
-        return Decisions(self.positions.to(device), self.nodes.to(device), self.edges.to(device))
+        return Decisions(
+            self.positions.to(device),
+            self.nodes.to(device),
+            self.edges.to(device),
+            self.taken.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,7 @@ def pack(
     position_ids = torch.zeros_like(input_ids)
     segments = torch.full_like(input_ids, -1)  # padding sees only padding
     found: dict[str, tuple[list[int], list[int], list[int]]] = {}
+    taken: dict[str, list[tuple[int, int, float]]] = {}
     token_positions: list[int] = []
     token_targets: list[int] = []
     num_titles = 0
@@ -127,15 +137,22 @@ def pack(
             input_ids[row, offset:end] = torch.tensor(example.tokens)
             position_ids[row, offset:end] = torch.arange(len(example.tokens))
             segments[row, offset:end] = segment
+            trie = tries[example.catalogue]
             positions, nodes, edges = found.setdefault(example.catalogue, ([], [], []))
+            removed = taken.setdefault(example.catalogue, [])
+            chosen = list(example.earlier)
             for item, start in example.titles:
                 before = row * capacity + offset + start - 1  # predicts the title's first token
-                path = tries[example.catalogue].paths[item]
+                path = trie.paths[item]
                 num_titles += bool(path.decisions)
+                visit_of = {}
                 for depth, node, edge in path.decisions:
+                    visit_of[node] = len(positions)
                     positions.append(before + depth)
                     nodes.append(node)
                     edges.append(edge)
+                removed += trie.taken_rows(visit_of, chosen, keep=(trie.leaf_of_item[item],))
+                chosen.append(item)
                 for depth, token in enumerate(title_tokens[example.catalogue][item]):
                     token_positions.append(before + depth)
                     token_targets.append(token)
@@ -149,8 +166,13 @@ def pack(
         position_ids=position_ids if mask is not None else None,
         mask=mask,
         decisions={
-            name: Decisions(*(torch.tensor(values, dtype=torch.long) for values in lists))
-            for name, lists in found.items()
+            name: Decisions(
+                positions=torch.tensor(positions, dtype=torch.long),
+                nodes=torch.tensor(nodes, dtype=torch.long),
+                edges=torch.tensor(edges, dtype=torch.long),
+                taken=Taken.from_rows(taken[name]),
+            )
+            for name, (positions, nodes, edges) in found.items()
         },
         token_positions=torch.tensor(token_positions, dtype=torch.long),
         token_targets=torch.tensor(token_targets, dtype=torch.long),

@@ -18,10 +18,14 @@ from torch import Tensor
 
 from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
-from rc_ray.core.trie import CatalogueTrie, TreeLayout
+from rc_ray.core.trie import CatalogueTrie, Taken, TreeLayout
 
 MAX_TREE_NODES = 1024
 """Longer candidate lists are scored in several rows, since attention grows with the square."""
+
+
+WITH_PRIOR = 1
+"""Row of a score that holds the prior inside the trie; row 0 is the LLM alone."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class _Row:
     places: list[int]
     """Where these candidates stand in the request's list."""
     layout: TreeLayout
+    chosen: list[int]
+    """Items of the whole history, which cannot come again."""
 
     @property
     def length(self) -> int:
@@ -56,6 +62,7 @@ class _PackedRows:
     """(M,) index into the flattened hidden states."""
     nodes: Tensor
     """(M,) branching node of each visit."""
+    taken: Taken
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ class Ranker:
         lm: the base LLM.
         domain: name of the domain, as in training prompts.
         titles: of all items, by item index.
+        num_train: (I,) training clicks, the prior inside the trie.
         renderer: style and tokenizer.
         max_titles: history titles that a prompt takes, the latest ones.
         tokens_per_batch: padded tokens of one forward pass.
@@ -83,6 +91,7 @@ class Ranker:
         lm: LanguageModel,
         domain: str,
         titles: Sequence[str],
+        num_train: np.ndarray,
         renderer: PromptRenderer,
         *,
         max_titles: int = 15,
@@ -94,7 +103,9 @@ class Ranker:
         self.renderer = renderer
         self.max_titles = max_titles
         self.tokens_per_batch = tokens_per_batch
-        self.trie = CatalogueTrie([renderer.title(title) for title in titles])
+        tokens = [renderer.title(title) for title in titles]
+        self.trie = CatalogueTrie(tokens, num_train)
+        self._item_of_title = {title: item for item, title in enumerate(tokens)}
         self._rows = lm.output_rows(self.trie.vocabulary_ids)  # (V, H)
 
     def prepare(
@@ -125,30 +136,46 @@ class Ranker:
     def score(self, prepared: Prepared) -> list[Tensor]:
         """log p(title | history) over the whole catalogue's trie, in nats.
 
+        Titles of the history are taken out of the trie, unless a list of candidates names them;
+        where the candidates are the whole catalogue they come out at minus infinity.
+
         Returns:
-            One (C,) fp32 tensor per request, on the model's device. Differentiable if gradients
-            are enabled.
+            One (2, C) fp32 tensor per request, on the model's device: row 0 from the LLM alone,
+            row 1 (`WITH_PRIOR`) with the clicks behind every branch added to its logit.
+            Differentiable if gradients are enabled.
         """
-        results = [torch.zeros(count, device=self.lm.device) for count in prepared.num_candidates]
+        results = [
+            torch.zeros(2, count, device=self.lm.device) for count in prepared.num_candidates
+        ]
         for batch in prepared.batches:
             for row, scores in zip(batch.rows, self._score(batch), strict=True):
                 places = torch.tensor(row.places, dtype=torch.long, device=scores.device)
-                results[row.request] = results[row.request].index_put((places,), scores)
+                results[row.request] = results[row.request].index_copy(1, places, scores)
         return results
 
     def log_likelihoods(
-        self, histories: Sequence[Sequence[str]], candidates: Sequence[Sequence[int]]
+        self,
+        histories: Sequence[Sequence[str]],
+        candidates: Sequence[Sequence[int]],
+        *,
+        with_prior: bool = False,
     ) -> list[Tensor]:
-        """`prepare` and `score` in one call."""
-        return self.score(self.prepare(histories, candidates))
+        """`prepare` and `score` in one call, one of its rows: a (C,) tensor per request."""
+        scores = self.score(self.prepare(histories, candidates))
+        return [score[WITH_PRIOR if with_prior else 0] for score in scores]
 
     def empty_log_likelihoods(self) -> Tensor:
-        """log p(title | empty history) of every item, (I,); depends on adapter and titles only."""
-        return self.log_likelihoods([[]], [range(len(self.titles))])[0]
+        """Both log p(title | empty history) of every item, (2, I); of adapter and titles only."""
+        return self.score(self.prepare([[]], [range(len(self.titles))]))[0]
 
     def _split(self, request: int, history: Sequence[str], items: Sequence[int]) -> list[_Row]:
         recent = list(history)[-self.max_titles :]
         listed = [self.titles[item] for item in items] if recent else None
+        tokens = (self.renderer.title(title) for title in history)
+        chosen = [self._item_of_title[title] for title in tokens if title in self._item_of_title]
+        if len(items) < len(self.titles):  # a listed title can come, whatever the history says
+            listed_leaves = {self.trie.leaf_of_item[item] for item in items}
+            chosen = [i for i in chosen if self.trie.leaf_of_item[i] not in listed_leaves]
         prompt = self.renderer.prompt(self.domain, recent, listed)
         # Neighbours by leaf share ancestors, so sorted chunks hold fewer nodes.
         order = sorted(range(len(items)), key=lambda place: self.trie.paths[items[place]].nodes)
@@ -170,6 +197,7 @@ class Ranker:
                 candidates=[items[place] for place in places],
                 places=places,
                 layout=self.trie.layout([items[place] for place in places]),
+                chosen=chosen,
             )
             for places in chunks
             if places
@@ -192,6 +220,7 @@ class Ranker:
         mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself
         visits: list[int] = []
         nodes: list[int] = []
+        taken: list[tuple[int, int, float]] = []
         for index, row in enumerate(rows):
             start, end = len(row.prompt), row.length
             input_ids[index, :start] = torch.tensor(row.prompt)
@@ -203,6 +232,8 @@ class Ranker:
             mask[index, start:end, :start] = True
             mask[index, start:end, start:end] = row.layout.ancestors
             visits.extend(index * length + start + slot for slot in row.layout.visit_slots)
+            visit_of = {node: len(nodes) + v for v, node in enumerate(row.layout.visit_nodes)}
+            taken += self.trie.taken_rows(visit_of, row.chosen)
             nodes.extend(row.layout.visit_nodes)
         device = self.lm.device
         ids, positions, seen = (x.to(device) for x in (input_ids, position_ids, mask[:, None]))
@@ -216,23 +247,32 @@ class Ranker:
             mask=seen,
             visits=torch.tensor(visits, dtype=torch.long, device=device),
             nodes=torch.tensor(nodes, dtype=torch.long, device=device),
+            taken=Taken.from_rows(taken).to(device),
         )
 
     def _score(self, batch: _PackedRows) -> list[Tensor]:
         hidden = self.lm.upper_hidden(batch.num_lower, batch.states, batch.position_ids, batch.mask)
         flat = hidden.reshape(-1, hidden.shape[-1])  # (B * T, H)
         logits = flat[batch.visits].float() @ self._rows.T  # (M, V)
-        values, starts = self.trie.edge_log_probs(logits, batch.nodes, with_prior=False)
-        return self._sum_decisions(batch.rows, batch.nodes, values, starts)
+        both = [
+            self._sum_decisions(
+                batch,
+                *self.trie.edge_log_probs(
+                    logits, batch.nodes, with_prior=with_prior, taken=batch.taken
+                ),
+            )
+            for with_prior in (False, True)
+        ]
+        counts = [len(row.candidates) for row in batch.rows]
+        return list(torch.stack(both).split(counts, dim=1))
 
-    def _sum_decisions(
-        self, rows: list[_Row], visited: Tensor, values: Tensor, starts: Tensor
-    ) -> list[Tensor]:
+    def _sum_decisions(self, batch: _PackedRows, values: Tensor, starts: Tensor) -> Tensor:
+        """Log probabilities of the batch's candidates, all rows one after another."""
         first_candidate, first_visit = 0, 0
         owner: list[int] = []
         visit: list[int] = []
         edge: list[int] = []
-        for row in rows:
+        for row in batch.rows:
             owner.extend(first_candidate + c for c in row.layout.decision_candidates)
             visit.extend(first_visit + v for v in row.layout.decision_visits)
             edge.extend(row.layout.decision_edges)
@@ -240,10 +280,9 @@ class Ranker:
             first_visit += len(row.layout.visit_nodes)
         device = values.device
         at, edges = torch.tensor([visit, edge], dtype=torch.long, device=device)  # (D,) each
-        chosen = values[starts[at] + edges - self.trie.first_edge.to(device)[visited[at]]]
+        chosen = values[starts[at] + edges - self.trie.first_edge.to(device)[batch.nodes[at]]]
         owners = torch.tensor(owner, dtype=torch.long, device=device)
-        sums = torch.zeros(first_candidate, device=device).index_add(0, owners, chosen)
-        return list(sums.split([len(row.candidates) for row in rows]))
+        return torch.zeros(first_candidate, device=device).index_add(0, owners, chosen)
 
 
 def calibrated(

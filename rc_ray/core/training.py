@@ -134,22 +134,19 @@ class TrainingPlan:
 
     def _sequence(self, name: str, history: Sequence[int], rng: np.random.Generator) -> Example:
         limit = self.config.max_titles
-        if len(history) > limit:
-            start = int(rng.integers(len(history) - limit + 1))
-            history = history[start : start + limit]
+        start = int(rng.integers(max(0, len(history) - limit) + 1))
+        end = start + limit
         header = self.renderer.header(name)
         budget = self.config.max_tokens - len(header)
-        kept: list[int] = []
-        for item in reversed(history):  # the oldest titles go first
-            budget -= len(self.title_tokens[name][item])
-            if budget < 0:
-                break
-            kept.insert(0, item)
+        sizes = [len(self.title_tokens[name][item]) for item in history[start:end]]
+        while sum(sizes) > budget and sizes:  # the oldest titles go first
+            start += 1
+            sizes.pop(0)
         tokens, titles = list(header), []
-        for item in kept:
+        for item in history[start:end]:
             titles.append((item, len(tokens)))
             tokens.extend(self.title_tokens[name][item])
-        return Example(name, tuple(tokens), tuple(titles))
+        return Example(name, tuple(tokens), tuple(titles), earlier=tuple(history[:start]))
 
     def _instruct(self, name: str, history: Sequence[int], rng: np.random.Generator) -> Example:
         domain = self.domains[name]
@@ -172,7 +169,9 @@ class TrainingPlan:
             if len(tokens) + len(answer) <= self.config.max_tokens or not shown:
                 break
             shown.pop(0)
-        return Example(name, (*tokens, *answer), ((target, len(tokens)),))
+        return Example(
+            name, (*tokens, *answer), ((target, len(tokens)),), earlier=tuple(history[:place])
+        )
 
 
 class TrainingModule(nn.Module):
@@ -221,14 +220,14 @@ class TrainingModule(nn.Module):
         for name, decisions in batch.decisions.items():
             rows: Tensor = getattr(self, f"rows_{name}")
             logits = flat[decisions.positions].float() @ rows.float().T  # (D, V)
-            total = (
-                total
-                - self.tries[name]
-                .decision_log_probs(
-                    logits, decisions.nodes, decisions.edges, with_prior=self.config.prior_in_loss
-                )
-                .sum()
+            chosen = self.tries[name].decision_log_probs(
+                logits,
+                decisions.nodes,
+                decisions.edges,
+                with_prior=self.config.prior_in_loss,
+                taken=decisions.taken,
             )
+            total = total - chosen.sum()
         return total * self.world_size / max(batch.num_global_titles, 1)
 
 

@@ -2,16 +2,18 @@
 
 A title's probability is the product over *branching* nodes of the softmax restricted to that node's
 children; nodes with one child contribute nothing. It sums to 1 over the distinct titles of the
-catalogue. Always built from the whole catalogue, never from a candidate list: a candidate would
-inherit the mass of every title that shares its first token.
+catalogue. What a user has chosen already can be taken out (choosing without replacement): neither
+model nor prior then spends mass on titles that cannot come next. The trie is always built from the
+whole catalogue, never from a candidate list: a candidate would inherit the mass of every title that
+shares its first token.
 
 Letters: I items, N branching nodes, E edges out of branching nodes, V catalogue tokens,
-H hidden size, D decisions, M visits to branching nodes.
+M visits to branching nodes, X removals of a chosen title at a visit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +50,30 @@ class TreeLayout:
     decision_edges: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Titles that cannot be chosen any more, at the visits where they would have had a share."""
+
+    visits: Tensor
+    """(X,) index into the visits."""
+    edges: Tensor
+    """(X,) the edge behind which the title lies."""
+    clicks: Tensor
+    """(X,) its smoothed clicks, fp64."""
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[tuple[int, int, float]]) -> Taken:
+        """From (visit, edge, clicks)."""
+        return cls(
+            visits=torch.tensor([row[0] for row in rows], dtype=torch.long),
+            edges=torch.tensor([row[1] for row in rows], dtype=torch.long),
+            clicks=torch.tensor([row[2] for row in rows], dtype=torch.float64),
+        )
+
+    def to(self, device: torch.device) -> Taken:
+        return Taken(self.visits.to(device), self.edges.to(device), self.clicks.to(device))
+
+
 class CatalogueTrie:
     """The token trie of a catalogue.
 
@@ -62,16 +88,16 @@ class CatalogueTrie:
     def __init__(self, titles: Sequence[Sequence[int]], counts: np.ndarray | None = None) -> None:
         if not titles:
             raise ValueError("a catalogue needs at least one title")
-        weights = np.ones(len(titles)) if counts is None else np.asarray(counts, dtype=float) + 1.0
+        clicks = np.ones(len(titles)) if counts is None else np.asarray(counts, dtype=float) + 1.0
         children: list[dict[int, int]] = [{}]
         mass: list[float] = [0.0]
+        num_items: list[int] = [0]
         self.node_tokens: list[int] = [-1]
         self.node_depths: list[int] = [0]
         self.node_parents: list[int] = [-1]
         node_paths: list[list[int]] = []
-        for title, weight in zip(titles, weights, strict=True):
+        for title, weight in zip(titles, clicks.tolist(), strict=True):
             node, path = 0, []
-            mass[0] += weight
             for token in title:
                 following = children[node].get(token)
                 if following is None:
@@ -79,11 +105,13 @@ class CatalogueTrie:
                     children[node][token] = following
                     children.append({})
                     mass.append(0.0)
+                    num_items.append(0)
                     self.node_tokens.append(int(token))
                     self.node_depths.append(self.node_depths[node] + 1)
                     self.node_parents.append(node)
                 node = following
                 mass[node] += weight
+                num_items[node] += 1
                 path.append(node)
             node_paths.append(path)
         for path in node_paths:
@@ -96,13 +124,13 @@ class CatalogueTrie:
         column_of = {token: column for column, token in enumerate(columns)}
         first_edge: list[int] = [0]
         edge_columns: list[int] = []
-        edge_mass: list[float] = []
+        edge_child: list[int] = []
         edge_of: dict[int, int] = {}
         for node in branching:
             for token, child in children[node].items():
                 edge_of[child] = len(edge_columns)
                 edge_columns.append(column_of[token])
-                edge_mass.append(np.log(mass[child] / mass[node]))
+                edge_child.append(child)
             first_edge.append(len(edge_columns))
 
         self.vocabulary_ids = torch.tensor(columns, dtype=torch.long)
@@ -111,12 +139,15 @@ class CatalogueTrie:
         """(N + 1,) edges of branching node n are first_edge[n] .. first_edge[n + 1] - 1."""
         self.edge_columns = torch.tensor(edge_columns, dtype=torch.long)
         """(E,) index into `vocabulary_ids`."""
-        self.edge_log_mass = torch.tensor(edge_mass, dtype=torch.float32)
-        """(E,) log share of the node's clicks that lies behind the edge."""
+        self.edge_clicks = torch.tensor([mass[c] for c in edge_child], dtype=torch.float64)
+        """(E,) smoothed clicks behind the edge."""
+        self.edge_items = torch.tensor([num_items[c] for c in edge_child], dtype=torch.long)
+        """(E,) items behind the edge."""
         self.paths = [self._path(path, edge_of) for path in node_paths]
-        leaves = {path[-1] if path else 0: index for index, path in enumerate(node_paths)}
-        self.leaf_of_item = [leaves[path[-1] if path else 0] for path in node_paths]
-        """Items with equal titles have equal entries."""
+        self.leaf_of_item = [path[-1] if path else 0 for path in node_paths]
+        """The trie node where a title ends; items with equal titles have equal entries."""
+        self.clicks_of_item = [mass[leaf] / max(num_items[leaf], 1) for leaf in self.leaf_of_item]
+        """Smoothed clicks, averaged over the items with this title."""
         self._layouts: dict[tuple[int, ...], TreeLayout] = {}
 
     def _path(self, path: list[int], edge_of: dict[int, int]) -> TitlePath:
@@ -173,19 +204,39 @@ class CatalogueTrie:
             self._layouts[key] = layout
         return layout
 
+    def taken_rows(
+        self, visit_of: Mapping[int, int], chosen: Iterable[int], *, keep: Container[int] = ()
+    ) -> list[tuple[int, int, float]]:
+        """Rows for `Taken`: where chosen items lose their share.
+
+        Args:
+            visit_of: branching node -> index of the visit to it.
+            chosen: items that cannot come again.
+            keep: leaves that stay, those of titles being scored.
+        """
+        return [
+            (visit_of[node], edge, self.clicks_of_item[item])
+            for item in chosen
+            if self.leaf_of_item[item] not in keep
+            for _, node, edge in self.paths[item].decisions
+            if node in visit_of
+        ]
+
     def edge_log_probs(
-        self, logits: Tensor, nodes: Tensor, *, with_prior: bool
+        self, logits: Tensor, nodes: Tensor, *, with_prior: bool, taken: Taken | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log probability of every child of the visited branching nodes.
 
         Args:
             logits: (M, V) of the catalogue tokens at each visit.
             nodes: (M,) branching node of each visit.
-            with_prior: add each edge's log prior mass to its logit (logit adjustment,
+            with_prior: add the log of the clicks behind each edge to its logit (logit adjustment,
                 arXiv 2007.07314, equation 10).
+            taken: titles that cannot be chosen any more.
 
         Returns:
-            values: (sum of children,) log probabilities, the visits one after another.
+            values: (sum of children,) log probabilities, the visits one after another; minus
+                infinity where nothing is left behind an edge.
             starts: (M,) where each visit's children begin in `values`.
         """
         first = self.first_edge.to(nodes.device)
@@ -195,16 +246,30 @@ class CatalogueTrie:
         within = torch.arange(len(visit), device=nodes.device) - starts[visit]
         edges = first[nodes][visit] + within  # (sum of children,)
         values = logits[visit, self.edge_columns.to(nodes.device)[edges]].float()
+        items = self.edge_items.to(nodes.device)[edges]
+        clicks = self.edge_clicks.to(nodes.device)[edges]
+        if taken is not None and len(taken.visits):
+            at = starts[taken.visits] + taken.edges - first[nodes[taken.visits]]
+            items = items.index_add(0, at, torch.ones_like(at), alpha=-1)
+            clicks = clicks.index_add(0, at, taken.clicks, alpha=-1)
         if with_prior:
-            values = values + self.edge_log_mass.to(nodes.device)[edges]
+            # Sums of clicks in another order differ in their last bits: never take log of that.
+            values = values + clicks.clamp(min=0.5).log().to(values.dtype)
+        values = values.masked_fill(items <= 0, -torch.inf)
         peak = torch.full_like(starts, -torch.inf, dtype=values.dtype)
         peak = peak.scatter_reduce(0, visit, values.detach(), reduce="amax")
         total = torch.zeros_like(peak).index_add(0, visit, (values - peak[visit]).exp())
         return values - (total.log() + peak)[visit], starts
 
     def decision_log_probs(
-        self, logits: Tensor, nodes: Tensor, edges: Tensor, *, with_prior: bool
+        self,
+        logits: Tensor,
+        nodes: Tensor,
+        edges: Tensor,
+        *,
+        with_prior: bool,
+        taken: Taken | None = None,
     ) -> Tensor:
         """Log probability of one chosen edge per visit: (M, V), (M,), (M,) -> (M,)."""
-        values, starts = self.edge_log_probs(logits, nodes, with_prior=with_prior)
+        values, starts = self.edge_log_probs(logits, nodes, with_prior=with_prior, taken=taken)
         return values[starts + edges - self.first_edge.to(nodes.device)[nodes]]

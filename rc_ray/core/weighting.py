@@ -20,7 +20,7 @@ from torch import Tensor
 from rc_ray.config import MergeConfig
 from rc_ray.core.adapters import Adapter, first_adapted_layer
 from rc_ray.core.model import AdapterMix
-from rc_ray.core.ranking import Ranker
+from rc_ray.core.ranking import WITH_PRIOR, Ranker
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def learn_weights(
     prompts: Sequence[UnlabeledPrompt],
     config: MergeConfig,
     seed: int,
+    *,
+    with_prior: bool = False,
 ) -> Iterator[WeightingStep]:
     """Lower the mean prediction entropy step by step; the last yield holds the result.
 
@@ -68,6 +70,7 @@ def learn_weights(
         prompts: of users that are never scored.
         config: epochs, batch size, learning rate, temperature.
         seed: order of the prompts.
+        with_prior: take the entropy of the likelihood with the prior inside the trie.
 
     Raises:
         ValueError: there are no prompts.
@@ -91,13 +94,14 @@ def learn_weights(
                 shared_layers=shared_layers,
             )
         )
+    row = WITH_PRIOR if with_prior else 0
     step = 0
     for _ in range(config.num_epochs):
         for batch in batches:
             weights = torch.softmax(logits / config.temperature, dim=-1)  # (L, K)
             with ranker.lm.using(mix.with_weights(weights)), torch.enable_grad():
                 scores = ranker.score(batch)
-                loss = torch.stack([entropy(score) for score in scores]).mean()
+                loss = torch.stack([entropy(score[row]) for score in scores]).mean()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             optimizer.step()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rc_ray.core.baselines import log_popularity
 from rc_ray.serve.schemas import DomainInfo, ItemExample, RankRequest, RequestError
 
 _NUM_EXAMPLES = 20
@@ -52,7 +53,7 @@ class DomainCatalogue:
         name: of the domain.
         item_ids: one per item.
         titles: one per item; repeats are allowed.
-        log_prior: (I,) log popularity of each item.
+        num_train: (I,) training clicks of each item.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class DomainCatalogue:
         name: str,
         item_ids: Sequence[str],
         titles: Sequence[str],
-        log_prior: np.ndarray,
+        num_train: np.ndarray,
     ) -> None:
         self.name = name
         self.item_ids = tuple(item_ids)
         self.titles = tuple(titles)
-        self.log_prior = np.asarray(log_prior, dtype=np.float64)
+        self.num_train = np.asarray(num_train, dtype=np.int64)
+        self.log_prior = log_popularity(self.num_train)
         self._by_id = {item_id: index for index, item_id in enumerate(self.item_ids)}
         self._by_title: dict[str, list[int]] = {}
         self._by_folded: dict[str, list[int]] = {}
@@ -78,7 +80,9 @@ class DomainCatalogue:
     def num_items(self) -> int:
         return len(self.item_ids)
 
-    def describe(self, *, system: str, alpha: float, gamma: float, calibrated: bool) -> DomainInfo:
+    def describe(
+        self, *, system: str, alpha: float, gamma: float, prior_in_trie: bool, calibrated: bool
+    ) -> DomainInfo:
         """The domain as `GET /v1/domains` shows it."""
         return DomainInfo(
             name=self.name,
@@ -86,6 +90,7 @@ class DomainCatalogue:
             system=system,
             alpha=alpha,
             gamma=gamma,
+            prior_in_trie=prior_in_trie,
             calibrated=calibrated,
             examples=[
                 ItemExample(item_id=self.item_ids[index], title=self.titles[index])

@@ -79,8 +79,10 @@ class DomainInfo(Message):
     """Weight of log p(title | empty history), taken off."""
     gamma: float
     """Weight of the popularity prior."""
+    prior_in_trie: bool
+    """Whether the likelihood holds the prior at every branch of the trie."""
     calibrated: bool
-    """Whether alpha and gamma were chosen on validation users; else they are the defaults."""
+    """Whether these three were chosen on validation users; else they are the defaults."""
     examples: list[ItemExample]
     """The most popular items."""
 

@@ -40,17 +40,16 @@ from rc_ray.serve.schemas import (
     explain,
 )
 
-DEFAULT_ALPHA = 1.0
-DEFAULT_GAMMA = 0.5
-
 
 @dataclass(frozen=True)
 class Calibration:
-    """Weights of the calibrated score, and whether validation users chose them."""
+    """Settings of the calibrated score; the defaults are the likelihood as it was trained."""
 
-    alpha: float = DEFAULT_ALPHA
-    gamma: float = DEFAULT_GAMMA
+    alpha: float = 0.0
+    gamma: float = 0.0
+    prior_in_trie: bool = True
     measured: bool = False
+    """Whether validation users chose them."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def open_catalogue(experiment: Experiment, domain: str) -> DomainCatalogue:
         ArtifactError: it was not prepared, or its files are damaged.
     """
     prepared = read_domain(RunFolder(experiment.run_dir).domain_dir(domain))
-    return DomainCatalogue(domain, prepared.item_ids, prepared.titles, prepared.log_prior())
+    return DomainCatalogue(domain, prepared.item_ids, prepared.titles, prepared.num_train)
 
 
 def open_calibration(experiment: Experiment, domain: str) -> Calibration:
@@ -104,7 +103,12 @@ def open_calibration(experiment: Experiment, domain: str) -> Calibration:
         chosen = read_json(path).get(domain, {}).get(experiment.serve.system)
         if chosen is None:
             return Calibration()
-        return Calibration(float(chosen["alpha"]), float(chosen["gamma"]), measured=True)
+        return Calibration(
+            float(chosen["alpha"]),
+            float(chosen["gamma"]),
+            bool(chosen["prior_in_trie"]),
+            measured=True,
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, ArtifactError):
             raise
@@ -146,6 +150,7 @@ def describe(experiment: Experiment, catalogue: DomainCatalogue) -> DomainInfo:
         system=experiment.serve.system,
         alpha=calibration.alpha,
         gamma=calibration.gamma,
+        prior_in_trie=calibration.prior_in_trie,
         calibrated=calibration.measured,
     )
 
@@ -208,27 +213,29 @@ class RankService:
             self.lm,
             domain,
             catalogue.titles,
+            catalogue.num_train,
             self._renderer,
             max_titles=experiment.evaluate.max_titles,
             tokens_per_batch=experiment.evaluate.tokens_per_batch,
         )
         try:
             with torch.inference_mode(), self.lm.using(mix):
-                empty = ranker.empty_log_likelihoods().cpu().double().numpy()
+                both = ranker.empty_log_likelihoods().cpu().double().numpy()
         except (RuntimeError, KeyError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ArtifactError(
                 f"{folder}: does not act on the base LLM {experiment.model.path} ({reason}); "
                 "serve the run with the model that trained it"
             ) from error
-        if not np.isfinite(empty).all():
+        if not np.isfinite(both).all():
             raise ArtifactError(f"{folder}: gives scores that are not finite; train it again")
+        calibration = open_calibration(experiment, domain)
         return ServedDomain(
             catalogue=catalogue,
-            calibration=open_calibration(experiment, domain),
+            calibration=calibration,
             ranker=ranker,
             mix=mix,
-            empty=empty,
+            empty=both[int(calibration.prior_in_trie)],
         )
 
     def _too_long(self, query: Query) -> RequestError | None:
@@ -255,6 +262,7 @@ class RankService:
                 scored = served.ranker.log_likelihoods(
                     [queries[index].titles for index in asked],
                     [candidates[index].tolist() for index in asked],
+                    with_prior=served.calibration.prior_in_trie,
                 )
             for index, values in zip(asked, scored, strict=True):
                 likelihoods[index] = values.cpu().double().numpy()

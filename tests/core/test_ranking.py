@@ -20,38 +20,67 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_language_model(make_model(tmp_path_factory.mktemp("model")), torch.float32)
 
 
+NUM_TRAIN = np.arange(len(TITLES)) % 5
+
+
 def plain_log_likelihood(
-    lm: LanguageModel, renderer: PromptRenderer, history: list[str], item: int
+    lm: LanguageModel,
+    renderer: PromptRenderer,
+    history: list[str],
+    item: int,
+    listed: list[int],
+    *,
+    with_prior: bool,
 ) -> float:
-    """The definition, with sets of titles in place of a trie and one pass per title."""
+    """The definition, with lists of titles in place of a trie and one pass per title."""
     titles = [renderer.title(title) for title in TITLES]
+    left = list(range(len(TITLES)))
+    for title in history:  # one bearer of each chosen title is gone, unless it is listed
+        bearers = [i for i in left if TITLES[i] == title]
+        whole = len(listed) == len(TITLES)
+        if bearers and (whole or TITLES[bearers[0]] not in [TITLES[i] for i in listed]):
+            left.remove(bearers[0])
     prompt = renderer.prompt("tools", history)
     tokens = titles[item]
     with torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0].double()
     total = 0.0
     for depth, token in enumerate(tokens):
-        children = sorted({t[depth] for t in titles if t[:depth] == tokens[:depth]})
-        restricted = torch.log_softmax(logits[len(prompt) + depth - 1][children], dim=-1)
-        total += float(restricted[children.index(token)])
+        alike = [i for i in left if titles[i][:depth] == tokens[:depth]]
+        children = sorted({titles[i][depth] for i in alike})
+        if token not in children:
+            return -np.inf
+        values = logits[len(prompt) + depth - 1][children]
+        if with_prior:
+            clicks = torch.zeros(len(children), dtype=torch.float64)
+            for i in alike:
+                clicks[children.index(titles[i][depth])] += float(NUM_TRAIN[i] + 1)
+            values = values + clicks.log()
+        total += float(torch.log_softmax(values, dim=-1)[children.index(token)])
     return total
 
 
+@pytest.mark.parametrize("with_prior", [False, True])
 @pytest.mark.parametrize("tokens_per_batch", [1, 4096])
-def test_one_pass_equals_one_by_one(lm: LanguageModel, tokens_per_batch: int) -> None:
+def test_one_pass_equals_one_by_one(
+    lm: LanguageModel, tokens_per_batch: int, with_prior: bool
+) -> None:
     renderer = PromptRenderer(lm.tokenizer)
-    ranker = Ranker(lm, "tools", TITLES, renderer, tokens_per_batch=tokens_per_batch)
+    ranker = Ranker(lm, "tools", TITLES, NUM_TRAIN, renderer, tokens_per_batch=tokens_per_batch)
     with torch.no_grad():
-        scores = ranker.log_likelihoods(HISTORIES, CANDIDATES)
+        scores = ranker.log_likelihoods(HISTORIES, CANDIDATES, with_prior=with_prior)
     for history, items, found in zip(HISTORIES, CANDIDATES, scores, strict=True):
-        expected = [plain_log_likelihood(lm, renderer, history, item) for item in items]
+        expected = [
+            plain_log_likelihood(lm, renderer, history, item, items, with_prior=with_prior)
+            for item in items
+        ]
         assert found.numpy() == pytest.approx(np.array(expected), abs=1e-4)
 
 
 def test_long_lists_in_several_rows_give_the_same(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranker = Ranker(lm, "tools", TITLES, PromptRenderer(lm.tokenizer))
+    ranker = Ranker(lm, "tools", TITLES, NUM_TRAIN, PromptRenderer(lm.tokenizer))
     with torch.no_grad():
         whole = ranker.log_likelihoods(HISTORIES, CANDIDATES)
         monkeypatch.setattr(ranking, "MAX_TREE_NODES", 10)
@@ -61,19 +90,24 @@ def test_long_lists_in_several_rows_give_the_same(
 
 
 def test_probabilities_of_distinct_titles_sum_to_one(lm: LanguageModel) -> None:
-    ranker = Ranker(lm, "tools", TITLES, PromptRenderer(lm.tokenizer))
+    ranker = Ranker(lm, "tools", TITLES, NUM_TRAIN, PromptRenderer(lm.tokenizer))
     distinct = {ranker.trie.leaf_of_item[item]: item for item in range(len(TITLES))}
     assert len(distinct) == len(TITLES) - 1  # "Blue Lamp" stands twice
     with torch.no_grad():
-        scores = ranker.log_likelihoods([["Old Piano"]], [sorted(distinct.values())])[0]
+        whole = range(len(TITLES))
+        both = ranker.score(ranker.prepare([["Old Piano"]], [whole]))[0]
         empty = ranker.empty_log_likelihoods()
-    assert float(scores.exp().sum()) == pytest.approx(1.0, abs=1e-5)
-    assert float(empty[sorted(distinct.values())].exp().sum()) == pytest.approx(1.0, abs=1e-5)
-    assert float(empty[7]) == float(empty[44])
+    ones = sorted(distinct.values())
+    for scores in (*both, *empty):
+        assert float(scores[ones].exp().sum()) == pytest.approx(1.0, abs=1e-5)
+    piano = TITLES.index("Old Piano")
+    assert both[:, piano].tolist() == [-torch.inf, -torch.inf]  # chosen already
+    assert torch.isfinite(empty).all()
+    assert empty[:, 7].tolist() == empty[:, 44].tolist()
 
 
 def test_order_of_candidates_does_not_matter(lm: LanguageModel) -> None:
-    ranker = Ranker(lm, "tools", TITLES, PromptRenderer(lm.tokenizer))
+    ranker = Ranker(lm, "tools", TITLES, NUM_TRAIN, PromptRenderer(lm.tokenizer))
     with torch.no_grad():
         forward = ranker.log_likelihoods([["Old Piano"]], [[3, 9, 27]])[0]
         backward = ranker.log_likelihoods([["Old Piano"]], [[27, 9, 3]])[0]
@@ -81,7 +115,7 @@ def test_order_of_candidates_does_not_matter(lm: LanguageModel) -> None:
 
 
 def test_only_the_latest_titles_count(lm: LanguageModel) -> None:
-    ranker = Ranker(lm, "tools", TITLES, PromptRenderer(lm.tokenizer), max_titles=1)
+    ranker = Ranker(lm, "tools", TITLES, NUM_TRAIN, PromptRenderer(lm.tokenizer), max_titles=1)
     with torch.no_grad():
         long, short, other = ranker.log_likelihoods(
             [["Red Lamp", "Old Piano"], ["Old Piano"], ["Red Lamp"]], [[3, 9, 27]] * 3
@@ -92,7 +126,7 @@ def test_only_the_latest_titles_count(lm: LanguageModel) -> None:
 
 def test_instruct_prompts_are_scored_by_the_same_path(lm: LanguageModel) -> None:
     renderer = PromptRenderer(lm.tokenizer, "instruct")
-    ranker = Ranker(lm, "tools", TITLES, renderer)
+    ranker = Ranker(lm, "tools", TITLES, NUM_TRAIN, renderer)
     with torch.no_grad():
         scores = ranker.log_likelihoods([["Old Piano"]], [[0, 1, 2]])[0]
     assert torch.isfinite(scores).all()
@@ -113,9 +147,9 @@ def test_ties_go_by_item_id() -> None:
 def test_layers_that_adapters_leave_alone_are_run_once(
     lm: LanguageModel, shared_layers: int
 ) -> None:
-    ranker = Ranker(lm, "tools", TITLES, PromptRenderer(lm.tokenizer))
+    ranker = Ranker(lm, "tools", TITLES, NUM_TRAIN, PromptRenderer(lm.tokenizer))
     with torch.no_grad():
-        whole = ranker.log_likelihoods(HISTORIES, CANDIDATES)
+        whole = ranker.score(ranker.prepare(HISTORIES, CANDIDATES))
         shared = ranker.score(ranker.prepare(HISTORIES, CANDIDATES, shared_layers=shared_layers))
     for a, b in zip(whole, shared, strict=True):
         assert a.numpy() == pytest.approx(b.numpy(), abs=1e-4)

@@ -50,7 +50,13 @@ def make_plan(lm: LanguageModel, **settings: object) -> TrainingPlan:
 
 
 def plain_title_nll(
-    lm: LanguageModel, tokens: list[int], start: int, item: int, *, with_prior: bool
+    lm: LanguageModel,
+    tokens: list[int],
+    start: int,
+    item: int,
+    chosen: list[int],
+    *,
+    with_prior: bool,
 ) -> float:
     """By definition: at each token, the softmax over what titles of equal beginning go on with."""
     titles = [PromptRenderer(lm.tokenizer).title(title) for title in TITLES]
@@ -60,6 +66,7 @@ def plain_title_nll(
     total = 0.0
     for depth, token in enumerate(titles[item]):
         alike = [i for i, t in enumerate(titles) if t[:depth] == titles[item][:depth]]
+        alike = [i for i in alike if i not in chosen]
         children = sorted({titles[i][depth] for i in alike})
         values = logits[start - 1 + depth][children]
         if with_prior:
@@ -71,12 +78,20 @@ def plain_title_nll(
 
 @pytest.mark.parametrize("prior", [False, True])
 def test_loss_is_the_mean_over_titles(lm: LanguageModel, prior: bool) -> None:
-    plan = make_plan(lm, prior_in_loss=prior)
+    plan = make_plan(lm, prior_in_loss=prior, max_titles=3)
     examples = plan.examples(0)
+    assert any(example.earlier for example in examples)
     expected = [
-        plain_title_nll(lm, list(example.tokens), start, item, with_prior=prior)
+        plain_title_nll(
+            lm,
+            list(example.tokens),
+            start,
+            item,
+            [*example.earlier, *(i for i, _ in example.titles[:place])],
+            with_prior=prior,
+        )
         for example in examples
-        for item, start in example.titles
+        for place, (item, start) in enumerate(example.titles)
     ]
     model = with_lora(lm.model, plan.config.lora, seed=0)  # B is zero: the base's own prediction
     batch = plan.batch(0)
@@ -144,7 +159,7 @@ def test_long_histories_are_cropped_to_consecutive_titles(lm: LanguageModel) -> 
             items = tuple(item for item, _ in example.titles)
             assert len(items) <= 3
             assert any(
-                items == history[i : i + len(items)]
+                items == history[i : i + len(items)] and example.earlier == history[:i]
                 for history in HISTORIES
                 for i in range(len(history))
             )
@@ -156,6 +171,8 @@ def test_token_limit_drops_the_oldest_titles(lm: LanguageModel) -> None:
         for example in plan.examples(step):
             assert len(example.tokens) <= 55
             assert example.titles
+            whole = (*example.earlier, *(item for item, _ in example.titles))
+            assert whole in HISTORIES  # what was dropped still cannot come again
 
 
 def test_instruct_example_answers_with_a_listed_title(lm: LanguageModel) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rc_ray.core.trie import CatalogueTrie
+from rc_ray.core.trie import CatalogueTrie, Taken
 
 # Tokens: 1 "a", 2 "b", 3 "c", 9 end.  Titles: a|, ab|, ac|, b|
 TITLES = [(1, 9), (1, 2, 9), (1, 3, 9), (2, 9)]
@@ -22,10 +22,10 @@ def test_only_branching_nodes_decide() -> None:
     assert [len(path.nodes) for path in trie.paths] == [1, 1, 1, 0]
 
 
-def test_prior_mass_is_the_share_of_smoothed_clicks() -> None:
+def test_clicks_behind_an_edge_are_smoothed_sums() -> None:
     trie = CatalogueTrie(TITLES, np.array([0, 1, 2, 3]))  # smoothed: 1, 2, 3, 4
-    mass = trie.edge_log_mass.exp().tolist()
-    assert mass == pytest.approx([6 / 10, 4 / 10, 1 / 6, 2 / 6, 3 / 6])
+    assert trie.edge_clicks.tolist() == [6, 4, 1, 2, 3]
+    assert trie.edge_items.tolist() == [3, 1, 1, 1, 1]
 
 
 def test_probabilities_worked_by_hand() -> None:
@@ -41,6 +41,31 @@ def test_probabilities_worked_by_hand() -> None:
     below = [1 / 6, 2 * 2 / 6, 3 / 6]
     expected = [x / sum(root) for x in root] + [x / sum(below) for x in below]
     assert with_prior.exp().tolist() == pytest.approx(expected)
+
+
+def test_what_was_chosen_has_no_share_any_more() -> None:
+    trie = CatalogueTrie(TITLES, np.array([0, 1, 2, 3]))
+    logits = torch.tensor([[math.log(3.0), 0.0, 5.0, 5.0], [9.0, math.log(2.0), 0.0, 0.0]])
+    nodes = torch.tensor([0, 1])
+    rows = trie.taken_rows({0: 0, 1: 1}, [1])  # "ab|", 2 smoothed clicks, at both nodes
+    taken = Taken.from_rows(rows)
+    values, _ = trie.edge_log_probs(logits, nodes, with_prior=False, taken=taken)
+    assert values.exp().tolist() == pytest.approx([3 / 4, 1 / 4, 1 / 2, 0, 1 / 2])
+    with_prior, _ = trie.edge_log_probs(logits, nodes, with_prior=True, taken=taken)
+    root = [3 * (6 - 2), 1 * 4]
+    expected = [x / sum(root) for x in root] + [1 / 4, 0, 3 / 4]
+    assert with_prior.exp().tolist() == pytest.approx(expected)
+    assert trie.taken_rows({0: 0}, [1], keep=(trie.leaf_of_item[1],)) == []
+
+
+def test_a_twin_of_a_chosen_title_stays() -> None:
+    trie = CatalogueTrie([*TITLES, (1, 2, 9)], np.array([0, 1, 2, 3, 5]))
+    taken = Taken.from_rows(trie.taken_rows({1: 0}, [1]))
+    values, _ = trie.edge_log_probs(
+        torch.zeros(1, 4), torch.tensor([1]), with_prior=True, taken=taken
+    )
+    # The leaf's 2 + 6 clicks are shared evenly by its two items.
+    assert values.exp().tolist() == pytest.approx([1 / 8, 4 / 8, 3 / 8])
 
 
 def test_equal_titles_share_a_leaf() -> None:

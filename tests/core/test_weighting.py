@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +32,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def ranker(lm: LanguageModel) -> Ranker:
-    return Ranker(lm, "tools", TITLES, PromptRenderer(lm.tokenizer))
+    return Ranker(lm, "tools", TITLES, np.ones(len(TITLES)), PromptRenderer(lm.tokenizer))
 
 
 def scaled(adapter: Adapter, factor: float) -> Adapter:

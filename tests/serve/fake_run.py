@@ -32,7 +32,11 @@ def make_run(folder: Path, **serve: object) -> Experiment:
         _cocktail(run.cocktail_dir(domain), Path(experiment.model.path), seed)
     write_json(
         run.evaluate_dir / "calibration.json",
-        {"tools": {"cocktail": {"alpha": 0.5, "gamma": 0.25, "valid_ndcg": 0.3}}},
+        {
+            "tools": {
+                "cocktail": {"alpha": 0.5, "gamma": 0.25, "prior_in_trie": True, "valid_ndcg": 0.3}
+            }
+        },
     )
     return experiment
 

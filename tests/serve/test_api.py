@@ -12,7 +12,7 @@ from rc_ray.serve.api import api_key_digests, make_api
 from rc_ray.serve.catalogue import DomainCatalogue, Limits, Query
 from rc_ray.serve.schemas import RankedItem, RankResponse, RequestError
 
-CATALOGUE = DomainCatalogue("films", ["1", "2"], ["Alien", "<b>Blade</b>"], np.log([0.4, 0.6]))
+CATALOGUE = DomainCatalogue("films", ["1", "2"], ["Alien", "<b>Blade</b>"], np.array([3, 5]))
 LIMITS = Limits(max_history=3, max_candidates=20, max_titles=2, max_title_characters=50)
 
 

@@ -13,7 +13,7 @@ def catalogue() -> DomainCatalogue:
         "films",
         ["1", "2", "3", "4", "Alien"],
         ["Alien", "Blade Runner", "Casablanca", "casablanca", "Casablanca"],
-        np.log([0.1, 0.2, 0.1, 0.2, 0.4]),
+        np.array([0, 1, 0, 1, 3]),
     )
 
 

@@ -61,12 +61,13 @@ def test_a_score_is_the_calibrated_likelihood_of_the_domain_s_own_adapter(
     answer = ranked(service, query_of(experiment, "tools", history, k=50))[0]
     catalogue = open_catalogue(experiment, "tools")
     adapter = load_adapter(RunFolder(experiment.run_dir).cocktail_dir("tools"))
-    ranker = Ranker(lm, "tools", catalogue.titles, PromptRenderer(lm.tokenizer, "sequence"))
+    counts = np.random.default_rng(1).permutation(42) + 1.0  # as the fake run draws them
+    renderer = PromptRenderer(lm.tokenizer, "sequence")
+    ranker = Ranker(lm, "tools", catalogue.titles, counts - 1, renderer)
     titles = [catalogue.titles[0], catalogue.titles[5], "Tools Blue Piano"]
     with torch.inference_mode(), lm.folded(adapter):  # another path than the service's hooks
-        likelihood = ranker.log_likelihoods([titles], [range(42)])[0].numpy()
-        empty = ranker.log_likelihoods([[]], [range(42)])[0].numpy()
-    counts = np.random.default_rng(1).permutation(42) + 1.0  # as the fake run draws them
+        likelihood = ranker.log_likelihoods([titles], [range(42)], with_prior=True)[0].numpy()
+        empty = ranker.log_likelihoods([[]], [range(42)], with_prior=True)[0].numpy()
     expected = likelihood - 0.5 * empty + 0.25 * np.log(counts / counts.sum())
     found = {item.item_id: item.score for item in answer.items}
     seen = {"tools-00", "tools-05", catalogue.item_ids[catalogue.find("Tools Blue Piano")[0]]}
@@ -109,15 +110,18 @@ def test_a_history_changes_the_ranking(experiment: Experiment, service: RankServ
     assert [i.score for i in one.items] != pytest.approx([i.score for i in two.items], abs=1e-3)
 
 
-def test_a_new_user_without_calibration_gets_popularity(
-    experiment: Experiment, service: RankService
+def test_without_calibration_the_score_is_the_likelihood_as_trained(
+    experiment: Experiment, lm: LanguageModel, service: RankService
 ) -> None:
-    """Alpha 1 takes the empty-history likelihood off itself: gamma 0.5 of the prior is left."""
     answer = ranked(service, query_of(experiment, "rivers", [], k=42))[0]
-    counts = np.random.default_rng(0).permutation(42) + 1.0
-    order = np.argsort(-counts)
-    assert [item.item_id for item in answer.items] == [f"rivers-{i:02d}" for i in order]
-    assert answer.items[0].score == pytest.approx(0.5 * np.log(counts.max() / counts.sum()))
+    catalogue = open_catalogue(experiment, "rivers")
+    renderer = PromptRenderer(lm.tokenizer, "sequence")
+    ranker = Ranker(lm, "rivers", catalogue.titles, catalogue.num_train, renderer)
+    adapter = load_adapter(RunFolder(experiment.run_dir).cocktail_dir("rivers"))
+    with torch.inference_mode(), lm.folded(adapter):
+        expected = ranker.log_likelihoods([[]], [range(42)], with_prior=True)[0].tolist()
+    found = {item.item_id: item.score for item in answer.items}
+    assert [found[item_id] for item_id in catalogue.item_ids] == pytest.approx(expected, abs=1e-3)
 
 
 def test_control_tokens_in_titles_are_text(experiment: Experiment, service: RankService) -> None:

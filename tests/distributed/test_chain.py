@@ -1,0 +1,145 @@
+"""merge and evaluate on the shared Ray, from adapters made on the spot; what stands is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from rc_ray import artifacts, evaluate, merge, mixing
+from rc_ray.artifacts import RunFolder
+from rc_ray.config import Experiment
+from rc_ray.core.adapters import load_adapter, save_adapter
+from rc_ray.core.domains import read_domain
+from rc_ray.errors import ArtifactError
+from tests.conftest import Factory, Screen
+from tests.core.test_model import random_adapter
+
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("ray_local")]
+
+
+def put_adapter(folder: Path, seed: int, stage: str) -> None:
+    save_adapter(folder, random_adapter(seed), "tiny")
+    artifacts.write_manifest(folder, stage=stage, config={}, seed=seed, inputs={}, metrics={})
+
+
+@pytest.fixture(scope="module")
+def experiment(make_run: Factory, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    made = make_run("merge.num_epochs=2", "evaluate.num_test_users=20")
+    folder = RunFolder(made.run_dir)
+    put_adapter(folder.spirit_dir, 1, "train")
+    put_adapter(folder.ingredient_dir("tools"), 2, "tune")
+    return made
+
+
+def test_merge_then_evaluate(experiment: Experiment, screen: Screen) -> None:
+    folder = RunFolder(experiment.run_dir)
+    merge.run(experiment, console=screen.console)
+    cocktail = folder.cocktail_dir("tools")
+    weights = json.loads((cocktail / "weights.json").read_text())
+    assert weights["adapters"] == ["spirit", "ingredient"]
+    assert all(sum(row) == pytest.approx(1.0, abs=1e-6) for row in weights["weights"])
+    check = json.loads((cocktail / "fold_check.json").read_text())
+    assert check["relative"] < 1e-4
+    curve = [json.loads(line) for line in (cocktail / "entropy.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in curve] == list(range(4))
+
+    # Plain PEFT gives the weighted sum of the two adapters, worked out here layer by layer.
+    rows = dict(zip(weights["modules"], weights["weights"], strict=True))
+    parts = [load_adapter(folder.spirit_dir), load_adapter(folder.ingredient_dir("tools"))]
+    base = AutoModelForCausalLM.from_pretrained(experiment.model.path)
+    before = {name: base.get_submodule(name).weight.detach().clone() for name in rows}
+    merged = PeftModel.from_pretrained(base, cocktail).merge_and_unload()
+    for name, row in rows.items():
+        expected = before[name]
+        for weight, part in zip(row, parts, strict=True):
+            pair = part.modules[name]
+            expected = expected + weight * pair.scale * pair.b @ pair.a
+        assert torch.allclose(merged.get_submodule(name).weight, expected, atol=1e-5)
+
+    evaluate.run(experiment, console=screen.console)
+    results = pq.read_table(folder.evaluate_dir / "results.parquet").to_pylist()
+    systems = {row["system"] for row in results if not row["system"].endswith("(raw)")}
+    assert systems == {"popularity", "base", "spirit", "ingredient", "uniform", "cocktail"}
+    assert {row["split"] for row in results} == {"warm", "cold"}
+    assert all(row["ci_low"] <= row["value"] <= row["ci_high"] for row in results)
+    assert {row["num_candidates"] for row in results} == {10}
+
+    # No scored user lent a prompt to the merge.
+    domain = read_domain(folder.domain_dir("tools"))
+    unlabeled = {case.user_id for case in domain.cases("valid", "warm", "unlabeled")}
+    ranks = pq.read_table(folder.evaluate_dir / "ranks.parquet")
+    scored = set(ranks["user_id"].to_pylist())
+    assert unlabeled
+    assert not unlabeled & scored
+
+
+def test_what_is_finished_is_not_done_again(experiment: Experiment, screen: Screen) -> None:
+    folder = RunFolder(experiment.run_dir)
+    before = os.stat(folder.cocktail_dir("tools") / "adapter_model.safetensors").st_mtime_ns
+    merge.run(experiment, console=screen.console)
+    evaluate.run(experiment, console=screen.console)
+    assert screen.text.count("is up to date") == 2
+    after = os.stat(folder.cocktail_dir("tools") / "adapter_model.safetensors").st_mtime_ns
+    assert before == after
+
+
+def test_a_killed_evaluation_goes_on(experiment: Experiment, screen: Screen) -> None:
+    folder = RunFolder(experiment.run_dir)
+    expected = pq.read_table(folder.evaluate_dir / "results.parquet")
+    (folder.evaluate_dir / "manifest.json").unlink()
+    shards = sorted((folder.root / "evaluate.work").rglob("warm-*.npy"))
+    times = {path: path.stat().st_mtime_ns for path in shards[1:]}
+    shards[0].unlink()
+    evaluate.run(experiment, console=screen.console)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert pq.read_table(folder.evaluate_dir / "results.parquet").equals(expected)
+
+
+def test_a_new_ingredient_makes_its_own_scores_stale_only(
+    experiment: Experiment, screen: Screen
+) -> None:
+    folder = RunFolder(experiment.run_dir)
+    old = {path.parent.name for path in (folder.root / "evaluate.work").rglob("*.npy")}
+    put_adapter(folder.ingredient_dir("tools"), 5, "tune")
+    merge.run(experiment, console=screen.console)
+    evaluate.run(experiment, console=screen.console)
+    new = {path.parent.name for path in (folder.root / "evaluate.work").rglob("*.npy")} - old
+    assert len(new) == 3  # ingredient, uniform, cocktail; not base, not spirit
+
+
+def test_a_truncated_adapter_is_named_and_nothing_is_lost(
+    experiment: Experiment, screen: Screen
+) -> None:
+    folder = RunFolder(experiment.run_dir)
+    kept = (folder.cocktail_dir("tools") / "weights.json").read_text()
+    path = folder.spirit_dir / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-64])
+    try:
+        with pytest.raises(merge.CocktailsFailed, match="damaged or cut short"):
+            merge.run(experiment, force=True, console=screen.console)
+    finally:
+        path.write_bytes(whole)
+    assert (folder.cocktail_dir("tools") / "weights.json").read_text() == kept
+
+
+def test_stages_out_of_order_say_what_is_missing(make_run: Factory, screen: Screen) -> None:
+    experiment = make_run()
+    with pytest.raises(merge.CocktailsFailed, match="run the stage that makes it first"):
+        merge.run(experiment, console=screen.console)
+    with pytest.raises(ArtifactError, match="run the stage that makes it first"):
+        evaluate.run(experiment, console=screen.console)
+
+
+def test_prompts_of_unlabeled_users_hold_no_target_mark(experiment: Experiment) -> None:
+    domain = read_domain(RunFolder(experiment.run_dir).domain_dir("tools"))
+    prompts = mixing.unlabeled_prompts(domain, 5, seed=0)
+    assert len(prompts) == 5
+    assert not any(hasattr(prompt, "target") for prompt in prompts)
