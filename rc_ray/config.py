@@ -165,6 +165,8 @@ class TrainingConfig(Section):
     num_steps: PositiveInt = 100
     batch_size: PositiveInt = 8
     """Histories per optimiser step over all workers."""
+    micro_batch_size: PositiveInt | None = None
+    """Examples per forward pass and worker; changes memory, not the result. Null: one pass."""
     learning_rate: PositiveFloat = 1e-3
     warmup_fraction: Fraction = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -174,6 +176,21 @@ class TrainingConfig(Section):
     """Titles per training history; longer histories are cropped at a seeded random place."""
     max_tokens: PositiveInt = 1024
     """Tokens per training row; oldest titles go first."""
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> TrainingConfig:
+        self.num_parts(1)
+        return self
+
+    def num_parts(self, num_workers: int) -> int:
+        """Forward passes per worker and optimiser step; ValueError where they come out uneven."""
+        share, size = self.batch_size // num_workers, self.micro_batch_size
+        if size is not None and share % size:
+            raise ValueError(
+                f"`batch_size` {self.batch_size} over {num_workers} worker(s) is {share} each, not "
+                f"divisible by `micro_batch_size` {size}"
+            )
+        return 1 if size is None else share // size
 
     @property
     def learns_with_prior(self) -> bool:
@@ -214,6 +231,7 @@ class TrainConfig(TrainingConfig):
                 f"`batch_size` {self.batch_size} is not divisible by `num_workers` "
                 f"{self.num_workers}"
             )
+        self.num_parts(self.num_workers)
         if self.engine == "torch" and self.num_workers > 1:
             raise ValueError("`engine: torch` is for one worker; use `engine: deepspeed`")
         return self
@@ -246,6 +264,8 @@ class TuneConfig(TrainingConfig):
             }
             fields["lora"] = self.lora.model_dump()
             for key, value in zip(self.search, values, strict=True):
+                if key == "micro_batch_size":
+                    raise ValueError("`micro_batch_size` shapes no result: set it beside `search`")
                 section, _, leaf = key.rpartition(".")
                 target = fields["lora"] if section == "lora" else fields
                 if section not in ("", "lora") or leaf not in target or leaf == "lora":
@@ -266,6 +286,8 @@ class MergeConfig(Section):
     """Unlabeled prompts of users that are never scored."""
     num_epochs: PositiveInt = 2
     batch_size: PositiveInt = 8
+    micro_batch_size: PositiveInt | None = None
+    """Prompts whose gradients are held at once; changes memory, not the result. Null: all."""
     learning_rate: PositiveFloat = 0.1
     temperature: PositiveFloat = 1.0
     """T of lambda = softmax(w / T)."""

@@ -14,11 +14,14 @@ from rc_ray.progress import JsonlTail
 
 def shaping_config(training: TrainingConfig, experiment: Experiment) -> dict[str, Any]:
     """The settings that decide what a training run results in; those of its execution do not."""
-    fields = set(TrainingConfig.model_fields)
-    return {
+    fields = set(TrainingConfig.model_fields) - {"micro_batch_size"}
+    shaping: dict[str, Any] = {
         "training": training.model_dump(mode="json", include=fields),
         "model": experiment.model.model_dump(mode="json"),
     }
+    if training.style == "instruct":  # its prompts list candidates
+        shaping["data"] = {"num_negatives": experiment.data.num_negatives}
+    return shaping
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -89,9 +89,10 @@ def deepspeed_settings(
         zero["offload_optimizer"] = {"device": "cpu"}
         if settings.zero_stage == 3:
             zero["offload_param"] = {"device": "cpu"}
+    num_parts = config.num_parts(world_size)
     return {
-        "train_micro_batch_size_per_gpu": config.batch_size // world_size,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": config.batch_size // world_size // num_parts,
+        "gradient_accumulation_steps": num_parts,
         "gradient_clipping": config.max_grad_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -187,6 +188,7 @@ def build_learner(
     config: TrainingConfig,
     *,
     seed: int,
+    num_listed: int,
     base_name: str,
     deepspeed: DeepSpeedConfig | None = None,
     rank: int = 0,
@@ -200,6 +202,7 @@ def build_learner(
         domains: whose training histories are pooled.
         config: of the run.
         seed: of the LoRA's first values and of every batch.
+        num_listed: candidates beside the target in an `instruct` prompt.
         base_name: what the saved adapter calls its base.
         deepspeed: settings; None trains with `TorchEngine`.
         rank: of this worker.
@@ -211,7 +214,8 @@ def build_learner(
         ArtifactError: the checkpoint is damaged.
         ValueError: the LoRA does not fit the model, or there is nothing to train on.
     """
-    plan = TrainingPlan(domains, PromptRenderer(lm.tokenizer, config.style), config, seed)
+    renderer = PromptRenderer(lm.tokenizer, config.style)
+    plan = TrainingPlan(domains, renderer, config, seed, num_listed=num_listed)
     precision = str(lm.dtype).removeprefix("torch.")
     sharding = "torch"
     if deepspeed is not None:

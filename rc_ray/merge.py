@@ -70,7 +70,9 @@ def make_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[s
     """
     merge = experiment.merge
     config = {
-        "merge": merge.model_dump(mode="json", exclude={"cpus_per_task", "gpus_per_task"}),
+        "merge": merge.model_dump(
+            mode="json", exclude={"cpus_per_task", "gpus_per_task", "micro_batch_size"}
+        ),
         "style": experiment.tune.style,
         "with_prior": experiment.tune.learns_with_prior,
         "model": experiment.model.model_dump(mode="json"),
@@ -91,6 +93,7 @@ def make_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[s
         "num_cpus": merge.cpus_per_task,
         "use_gpu": merge.gpus_per_task > 0,
         "tokens_per_batch": experiment.evaluate.tokens_per_batch,
+        "micro_batch_size": merge.micro_batch_size,
         "config": config,
         "inputs": inputs,
         "fingerprint": artifacts.fingerprint(config=config, seed=experiment.seed, inputs=inputs),

@@ -50,7 +50,9 @@ def mix_domain(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mix(order: dict[str, Any]) -> dict[str, Any]:
-    config = MergeConfig.model_validate(order["config"]["merge"])
+    config = MergeConfig.model_validate(
+        {**order["config"]["merge"], "micro_batch_size": order["micro_batch_size"]}
+    )
     prepare_process(order["num_cpus"])
     device = "cuda" if order["use_gpu"] else "cpu"
     dtype = choose_dtype(order["config"]["model"]["dtype"], device)

@@ -142,6 +142,7 @@ def _fit(
     settings = {
         "train": config.model_dump(mode="json"),
         "seed": experiment.seed,
+        "num_listed": experiment.data.num_negatives,
         "model": experiment.model.model_dump(mode="json"),
         # Fetched here once rather than by every worker, and a wrong path fails before they start.
         "model_dir": str(model_dir(experiment.model.path, console.note)),

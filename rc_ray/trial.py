@@ -147,6 +147,7 @@ def _train(
         [domain],
         setting,
         seed=trial["seed"],
+        num_listed=trial["num_listed"],
         base_name=trial["model"]["path"],
         checkpoint=checkpoint if checkpoint.exists() else None,
     )

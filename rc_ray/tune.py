@@ -146,6 +146,7 @@ def trial_config(
     """What `rc_ray.trial` needs to run a trial, on any node."""
     return {
         "seed": experiment.seed,
+        "num_listed": experiment.data.num_negatives,
         "model": experiment.model.model_dump(mode="json"),
         "model_dir": str(model),
         "num_cpus": experiment.tune.cpus_per_trial,

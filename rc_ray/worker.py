@@ -69,6 +69,7 @@ def _build(
             domains,
             config,
             seed=settings["seed"],
+            num_listed=settings["num_listed"],
             base_name=settings["model"]["path"],
             deepspeed=config.deepspeed if config.engine == "deepspeed" else None,
             rank=rank,

@@ -53,7 +53,7 @@ class Decisions:
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's share of a global batch."""
+    """One worker's share of a global batch, or a part of it."""
 
     input_ids: Tensor
     """(B, T)."""

@@ -27,8 +27,6 @@ from rc_ray.core.model import decoder_hidden, output_rows
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.trie import CatalogueTrie
 
-NUM_LISTED_NEGATIVES = 19
-
 
 class StepMetrics(TypedDict):
     """What one optimiser step leaves; the sum of `loss` over workers is the global mean."""
@@ -62,6 +60,8 @@ class TrainingPlan:
         renderer: of the style in `config`.
         config: style, batch size and length limits.
         seed: of permutations, crops and listed candidates.
+        num_listed: candidates beside the target that an `instruct` prompt lists, as far as the
+            domain has so many.
 
     Raises:
         ValueError: no domain has a training history of two titles.
@@ -73,8 +73,11 @@ class TrainingPlan:
         renderer: PromptRenderer,
         config: TrainingConfig,
         seed: int,
+        *,
+        num_listed: int,
     ) -> None:
         self.config = config
+        self.num_listed = num_listed
         self.renderer = renderer
         self.seed = seed
         self.domains = {domain.name: domain for domain in domains}
@@ -111,18 +114,29 @@ class TrainingPlan:
             found.append(make(name, history, rng))
         return found
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """One worker's share of a step: every `world_size`-th example by falling length."""
+    def batches(self, step: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
+        """One worker's share of a step: every `world_size`-th example by falling length.
+
+        Cut in parts of `micro_batch_size` neighbours, the longest first; each part counts the
+        targets of the whole global batch.
+        """
         examples = sorted(self.examples(step), key=lambda example: -len(example.tokens))
-        return replace(
-            pack(examples[rank::world_size], self.tries, self.title_tokens),
-            num_global_titles=count_targets(examples, self.tries),
-            num_global_tokens=sum(
-                len(self.title_tokens[example.catalogue][item])
-                for example in examples
-                for item, _ in example.titles
-            ),
+        num_titles = count_targets(examples, self.tries)
+        num_tokens = sum(
+            len(self.title_tokens[example.catalogue][item])
+            for example in examples
+            for item, _ in example.titles
         )
+        share = examples[rank::world_size]
+        size = self.config.micro_batch_size or len(share)
+        return [
+            replace(
+                pack(share[start : start + size], self.tries, self.title_tokens),
+                num_global_titles=num_titles,
+                num_global_tokens=num_tokens,
+            )
+            for start in range(0, len(share), size)
+        ]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
@@ -155,7 +169,7 @@ class TrainingPlan:
         seen = set(history)
         others = [item for item in range(len(domain.titles)) if item not in seen]
         others = [item for item in others if not domain.cold[item]]
-        count = min(NUM_LISTED_NEGATIVES, len(others))
+        count = min(self.num_listed, len(others))
         listed = [int(i) for i in rng.choice(others, size=count, replace=False)] + [target]
         listed = [listed[int(i)] for i in rng.permutation(len(listed))]
         shown = list(history[max(0, place - self.config.max_titles) : place])
@@ -232,10 +246,16 @@ class TrainingModule(nn.Module):
 
 
 class TorchEngine:
-    """The engine protocol on one device, with gradient clipping and a learning-rate schedule."""
+    """The engine protocol on one device, with gradient clipping and a learning-rate schedule.
+
+    As with DeepSpeed, `backward` takes the mean over the parts of a step, and `step` acts on the
+    last part's call.
+    """
 
     def __init__(self, module: TrainingModule, config: TrainingConfig) -> None:
         self.module = module
+        self.num_parts = config.num_parts(module.world_size)
+        self._num_calls = 0
         self.max_grad_norm = config.max_grad_norm
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config)
@@ -246,9 +266,12 @@ class TorchEngine:
         return loss
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss / self.num_parts).backward()
 
     def step(self) -> None:
+        self._num_calls += 1
+        if self._num_calls % self.num_parts:
+            return
         nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
@@ -303,16 +326,19 @@ def train_steps(
     for step in range(start_step, plan.config.num_steps):
         start = time.perf_counter()
         torch.manual_seed((plan.seed * 1_000_003 + step) * 1_009 + rank)  # dropout, exact on resume
-        batch = plan.batch(step, rank, world_size).to(device)
+        parts = plan.batches(step, rank, world_size)
         rate = float(learning_rate())
-        loss = engine(batch)
-        engine.backward(loss)
-        engine.step()
+        total = torch.zeros((), device=device)
+        for part in parts:
+            loss = engine(part.to(device))
+            engine.backward(loss * len(parts))  # engines take the mean over the parts
+            engine.step()
+            total += loss.detach()
         yield StepMetrics(
             step=step,
-            loss=loss.detach().item() / world_size,
-            num_titles=batch.num_titles,
-            num_tokens=batch.num_tokens,
+            loss=total.item() / world_size,
+            num_titles=sum(part.num_titles for part in parts),
+            num_tokens=sum(part.num_tokens for part in parts),
             learning_rate=rate,
             seconds=time.perf_counter() - start,
         )

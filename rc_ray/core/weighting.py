@@ -68,7 +68,7 @@ def learn_weights(
         ranker: of the target domain; its base LLM carries no other adapter meanwhile.
         adapters: spirit and ingredient, or any K.
         prompts: of users that are never scored.
-        config: epochs, batch size, learning rate, temperature.
+        config: epochs, batch size and its parts, learning rate, temperature.
         seed: order of the prompts.
         with_prior: take the entropy of the likelihood with the prior inside the trie.
 
@@ -87,26 +87,36 @@ def learn_weights(
     batches = []
     for start in range(0, len(order), config.batch_size):
         chosen = [prompts[int(i)] for i in order[start : start + config.batch_size]]
+        size = config.micro_batch_size or len(chosen)
         batches.append(
-            ranker.prepare(
-                [prompt.history for prompt in chosen],
-                [prompt.candidates for prompt in chosen],
-                shared_layers=shared_layers,
-            )
+            [
+                ranker.prepare(
+                    [prompt.history for prompt in chosen[first : first + size]],
+                    [prompt.candidates for prompt in chosen[first : first + size]],
+                    shared_layers=shared_layers,
+                )
+                for first in range(0, len(chosen), size)
+            ]
         )
     row = WITH_PRIOR if with_prior else 0
     step = 0
     for _ in range(config.num_epochs):
-        for batch in batches:
-            weights = torch.softmax(logits / config.temperature, dim=-1)  # (L, K)
-            with ranker.lm.using(mix.with_weights(weights)), torch.enable_grad():
-                scores = ranker.score(batch)
-                loss = torch.stack([entropy(score[row]) for score in scores]).mean()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+        for parts in batches:
+            num_prompts = sum(len(part.num_candidates) for part in parts)
+            mean_entropy = 0.0
+            optimizer.zero_grad(set_to_none=True)
+            for part in parts:
+                # Anew for every part: its backward pass frees the graph that led here.
+                weights = torch.softmax(logits / config.temperature, dim=-1)  # (L, K)
+                with ranker.lm.using(mix.with_weights(weights)), torch.enable_grad():
+                    scores = ranker.score(part)
+                    loss = torch.stack([entropy(score[row]) for score in scores]).sum()
+                    loss = loss / num_prompts
+                    loss.backward()
+                mean_entropy += loss.item()
             optimizer.step()
             with torch.no_grad():
                 learned = torch.softmax(logits / config.temperature, dim=-1).cpu()
             rows = learned.double().tolist()
-            yield WeightingStep(step, loss.item(), dict(zip(mix.modules, rows, strict=True)))
+            yield WeightingStep(step, mean_entropy, dict(zip(mix.modules, rows, strict=True)))
             step += 1

@@ -46,7 +46,9 @@ def make_plan(lm: LanguageModel, **settings: object) -> TrainingPlan:
     config = TrainingConfig.model_validate(
         {"batch_size": 4, "num_steps": 5, "lora": {"rank": 2, "alpha": 4}, **settings}
     )
-    return TrainingPlan([make_domain()], PromptRenderer(lm.tokenizer, config.style), config, seed=5)
+    return TrainingPlan(
+        [make_domain()], PromptRenderer(lm.tokenizer, config.style), config, seed=5, num_listed=3
+    )
 
 
 def plain_title_nll(
@@ -94,7 +96,7 @@ def test_loss_is_the_mean_over_titles(lm: LanguageModel, prior: bool) -> None:
         for place, (item, start) in enumerate(example.titles)
     ]
     model = with_lora(lm.model, plan.config.lora, seed=0)  # B is zero: the base's own prediction
-    batch = plan.batch(0)
+    (batch,) = plan.batches(0)
     loss = TrainingModule(model, plan.tries, plan.config)(batch)
     assert batch.num_titles == batch.num_global_titles == len(expected)
     assert loss.item() == pytest.approx(np.mean(expected), abs=1e-4)
@@ -128,8 +130,8 @@ def test_workers_share_the_global_batch(lm: LanguageModel, style: str) -> None:
         with_lora(lm.model, plan.config.lora, 0), plan.tries, plan.config, world_size=2
     )
     for step in range(3):
-        whole = plan.batch(step)
-        shares = [plan.batch(step, rank, 2) for rank in range(2)]
+        (whole,) = plan.batches(step)
+        shares = [share for rank in range(2) for share in plan.batches(step, rank, 2)]
         assert sum(share.num_tokens for share in shares) == whole.num_tokens
         # Engines average gradients over workers, so the mean of the shares must be the loss.
         mean = sum(model(share).item() for share in shares) / 2
@@ -184,6 +186,7 @@ def test_instruct_example_answers_with_a_listed_title(lm: LanguageModel) -> None
             prompt = lm.tokenizer.decode(example.tokens[:start])
             assert text == prompt + TITLES[item] + "<|im_end|>"
             listed = prompt.split("Candidates: ")[1].split("\n")[0].split(" || ")
+            assert len(listed) in (1 + 3, 1 + 1)  # who chose six of seven titles leaves one more
             history = prompt.split("in this order: ")[1].split("\n")[0].split(" || ")
             assert TITLES[item] in listed
             assert not set(history) & set(listed)
@@ -201,7 +204,8 @@ def test_vocabulary_loss_is_the_usual_cross_entropy(lm: LanguageModel) -> None:
         size = len(example.tokens) - start
         losses, count = losses + float(output.loss) * size, count + size
     module = TrainingModule(with_lora(lm.model, plan.config.lora, 0), plan.tries, plan.config)
-    assert module(plan.batch(0)).item() == pytest.approx(losses / count, rel=1e-5)
+    (batch,) = plan.batches(0)
+    assert module(batch).item() == pytest.approx(losses / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("style", ["sequence", "instruct"])
@@ -210,7 +214,7 @@ def test_training_learns(lm: LanguageModel, style: str) -> None:
         lm, style=style, num_steps=40, learning_rate=2e-2, prior_in_loss=False
     ).config
     domain = replace(make_domain(), train=((0, 1), (6, 4)))
-    plan = TrainingPlan([domain], PromptRenderer(lm.tokenizer, style), config, seed=5)
+    plan = TrainingPlan([domain], PromptRenderer(lm.tokenizer, style), config, seed=5, num_listed=3)
     module = TrainingModule(with_lora(lm.model, plan.config.lora, 0), plan.tries, plan.config)
     engine = TorchEngine(module, plan.config)
     steps = list(
@@ -232,10 +236,47 @@ def test_training_learns(lm: LanguageModel, style: str) -> None:
     assert not any(p.requires_grad for p in frozen)
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize(("style", "loss"), [("sequence", "trie"), ("instruct", "vocabulary")])
+def test_a_step_in_parts_is_the_whole_step(
+    model_folder: Path, style: str, loss: str, micro_batch_size: int
+) -> None:
+    curves, gradients, adapters = [], [], []
+    for size in (None, micro_batch_size):
+        lm = load_language_model(model_folder, torch.float32)
+        plan = make_plan(lm, style=style, loss=loss, learning_rate=1e-2, micro_batch_size=size)
+        module = TrainingModule(with_lora(lm.model, plan.config.lora, 0), plan.tries, plan.config)
+        engine = TorchEngine(module, plan.config)
+        parts = plan.batches(0)
+        assert len(parts) == (1 if size is None else 4 // size)
+        for part in parts:
+            engine.backward(engine(part) * len(parts))
+        # Adam forgives a wrong scale, so the gradients are compared themselves.
+        gradients.append([p.grad.clone() for p in engine.parameters])
+        engine.optimizer.zero_grad()
+        steps = list(
+            train_steps(
+                engine,
+                plan,
+                device=torch.device("cpu"),
+                learning_rate=lambda engine=engine: engine.schedule.get_last_lr()[0],
+            )
+        )
+        curves.append(
+            [[step[key] for step in steps] for key in ("loss", "num_titles", "num_tokens")]
+        )
+        adapters.append([p.detach() for p in engine.parameters])
+    np.testing.assert_allclose(curves[1], curves[0], atol=1e-5, rtol=0)
+    for expected, got in (gradients, adapters):
+        assert any(one.abs().max() > 1e-3 for one in got)
+        for one, other in zip(expected, got, strict=True):
+            torch.testing.assert_close(other, one, atol=1e-5, rtol=0)
+
+
 def test_no_history_is_refused(lm: LanguageModel) -> None:
     domain = replace(make_domain(), train=((1,), (2,)))
     with pytest.raises(ValueError, match="two titles or more"):
-        TrainingPlan([domain], PromptRenderer(lm.tokenizer), TrainingConfig(), seed=0)
+        TrainingPlan([domain], PromptRenderer(lm.tokenizer), TrainingConfig(), seed=0, num_listed=3)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,22 @@ def test_one_step_follows_the_measured_slope(lm: LanguageModel, ranker: Ranker) 
     assert checked >= 3
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_a_step_in_parts_is_the_whole_step(ranker: Ranker, micro_batch_size: int) -> None:
+    adapters = [random_adapter(1), scaled(random_adapter(2), 2.0)]
+    config = MergeConfig(num_epochs=3, batch_size=5)  # 8 prompts: the last batch holds 3
+    expected = list(learn_weights(ranker, adapters, PROMPTS, config, seed=0))
+    parts = config.model_copy(update={"micro_batch_size": micro_batch_size})
+    got = list(learn_weights(ranker, adapters, PROMPTS, parts, seed=0))
+    assert [step.entropy for step in got] == pytest.approx(
+        [step.entropy for step in expected], abs=1e-5
+    )
+    assert len(got) == len(expected) == 6
+    for name, row in expected[-1].weights.items():
+        assert got[-1].weights[name] == pytest.approx(row, abs=1e-5)
+    assert any(abs(row[0] - 0.5) > 0.01 for row in got[-1].weights.values())
+
+
 def test_equal_adapters_merge_to_themselves(lm: LanguageModel, ranker: Ranker) -> None:
     adapters = [random_adapter(1), random_adapter(1)]
     config = MergeConfig(num_epochs=2, batch_size=8, learning_rate=0.5)

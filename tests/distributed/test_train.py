@@ -73,6 +73,7 @@ def test_two_workers_follow_the_curve_of_one_process(undisturbed) -> None:
         [read_domain(experiment.run_dir / "data" / name) for name in experiment.data.spirit],
         experiment.train,
         seed=experiment.seed,
+        num_listed=experiment.data.num_negatives,
         base_name="tiny",
     )
     expected = list(alone.steps())

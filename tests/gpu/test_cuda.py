@@ -45,7 +45,9 @@ def test_training_in_bf16_follows_fp32_on_the_processor(folder: Path) -> None:
     curves = []
     for device, dtype in (("cpu", torch.float32), ("cuda", choose_dtype("auto", "cuda"))):
         lm = load_language_model(folder, dtype, device)
-        plan = TrainingPlan([make_domain()], PromptRenderer(lm.tokenizer), config, seed=5)
+        plan = TrainingPlan(
+            [make_domain()], PromptRenderer(lm.tokenizer), config, seed=5, num_listed=3
+        )
         model = with_lora(lm.model, config.lora, seed=0)
         engine = TorchEngine(TrainingModule(model, plan.tries, config).to(device), config)
         steps = train_steps(
