@@ -21,6 +21,8 @@ from typing import Any
 from rc_ray.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+METHOD = 2
+"""Raise when the same settings give another result, or a file another form."""
 
 
 @dataclass(frozen=True)
@@ -102,22 +104,40 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def replaced_dir(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `target` that takes its place when the block succeeds."""
+    """Yield a temporary folder beside `target` that takes its place when the block succeeds.
+
+    What stood there stays, or comes back, when anything fails.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    _restore(target)
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     work.chmod(0o755)
     try:
         yield work
-        old = None
+        old = target.with_name(f"{_old_prefix(target)}{os.getpid()}")
+        shutil.rmtree(old, ignore_errors=True)  # of a killed process that had the same id
         if target.exists():
-            old = target.with_name(f".{target.name}.old-{os.getpid()}")
             os.replace(target, old)
         os.replace(work, target)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        _restore(target)
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _old_prefix(target: Path) -> str:
+    return f".{target.name}.old-"
+
+
+def _restore(target: Path) -> None:
+    """Put back the folder that a `replaced_dir` moved aside and never replaced."""
+    if target.exists():
+        return
+    prefix = _old_prefix(target)
+    old = [path for path in target.parent.iterdir() if path.name.startswith(prefix)]
+    if old:
+        os.replace(max(old, key=lambda path: path.stat().st_mtime_ns), target)
 
 
 def write_manifest(
@@ -132,7 +152,8 @@ def write_manifest(
     """Seal a finished stage folder.
 
     Args:
-        folder: the stage folder, holding everything but the manifest.
+        folder: the stage folder, holding everything but the manifest; hidden files and folders
+            are no part of it.
         stage: the CLI verb.
         config: the settings that shaped the result.
         seed: the seed in use.
@@ -142,7 +163,9 @@ def write_manifest(
     files = {
         str(path.relative_to(folder)): sha256_file(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
+        if path.is_file()
+        and path.name != MANIFEST
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
     write_json(
         folder / MANIFEST,
@@ -159,8 +182,8 @@ def write_manifest(
 
 
 def fingerprint(*, config: Mapping[str, Any], seed: int, inputs: Mapping[str, str]) -> str:
-    """What decides whether a finished stage can stand: same settings, seed and inputs."""
-    return digest({"config": dict(config), "seed": seed, "inputs": dict(inputs)})
+    """What decides whether a finished stage can stand: same method, settings, seed and inputs."""
+    return digest({"method": METHOD, "config": dict(config), "seed": seed, "inputs": dict(inputs)})
 
 
 def is_finished(folder: Path, wanted: str) -> bool:

@@ -243,12 +243,33 @@ def _run_stages(
     address: str | None = None,
 ) -> None:
     with _plain_errors(verbose), _opened(path, overrides) as (experiment, console):
+        _refuse_stale(path, experiment, stages)
         _write_config(experiment)
         on_ray = [name for name in stages if name in ON_RAY]
         _run_each([name for name in stages if name in BEFORE_RAY], experiment, force, console)
         with _session(experiment, address, verbose) if on_ray else nullcontext():
             _run_each(on_ray, experiment, force, console)
         _run_each([name for name in stages if name in AFTER_RAY], experiment, force, console)
+
+
+def _refuse_stale(path: Path, experiment: Experiment, stages: Sequence[str]) -> None:
+    """Refuse to build on a stage made with other settings, unless it is among those to run.
+
+    Raises:
+        ConfigError: names the stage and the verb that makes it anew.
+    """
+    from rc_ray.errors import ConfigError
+    from rc_ray.status import read_status
+
+    before = set(STAGES[: STAGES.index(stages[-1])]) - set(stages)
+    if stages[-1] == "tune":
+        before.discard("train")  # an ingredient knows nothing of the spirit
+    for status in read_status(experiment):
+        if status.stage in before and status.state == "stale":
+            raise ConfigError(
+                f"`{status.stage}` in {experiment.run_dir} is stale: {status.detail}; "
+                f"run `rc-ray {status.stage} {path}` with the same settings first"
+            )
 
 
 def _run_each(
@@ -304,10 +325,19 @@ def _plain_errors(verbose: bool) -> Iterator[None]:
     except Exception as error:
         from rc_ray.errors import UserError
 
-        if verbose or not isinstance(error, UserError):
+        if verbose or not isinstance(error, UserError | OSError):
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_told(error)}", err=True)
         raise typer.Exit(2) from None
+
+
+def _told(error: Exception) -> str:
+    """What an error says; of the system's own (a full disk, no permission), which file it met."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    what = error.strerror or str(error).strip() or type(error).__name__
+    return f"{where}{what.splitlines()[0]}"
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def calibration(
     cases: Mapping[str, Sequence[RankingCase]],
     log_prior: Floats,
     config: EvaluateConfig,
+    default: tuple[float, float, bool],
 ) -> SystemScores:
     """Choose the score's settings by NDCG over the validation users' whole lists, then rank.
 
@@ -117,6 +118,7 @@ def calibration(
         cases: by split, in the order of the scores.
         log_prior: (I,).
         config: the values to choose from; the first point of the grid wins a tie.
+        default: (alpha, gamma, prior in the trie) where no validation user can choose.
     """
     parts = {
         split: (scores[split], *_aligned(found, scores["empty"][0], log_prior))
@@ -132,7 +134,8 @@ def calibration(
         return rank_targets(final, targets[split])
 
     grid = list(itertools.product(config.alphas, config.gammas, config.prior_in_trie))
-    best, quality = grid[0], None
+    best: tuple[float, float, bool] = default
+    quality = None
     if "valid" in parts:
         num_candidates = parts["valid"][0].shape[-1]
         values = [float(ndcg(rank("valid", *point), num_candidates).mean()) for point in grid]

@@ -10,7 +10,6 @@ import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,6 +22,7 @@ from pydantic import (
 )
 
 from rc_ray.errors import ConfigError
+from rc_ray.yaml_file import apply_override, explain, read_mapping
 
 System = Literal["popularity", "base", "spirit", "ingredient", "uniform", "cocktail"]
 SYSTEMS: tuple[System, ...] = get_args(System)
@@ -109,7 +109,7 @@ class DataConfig(Section):
     cold_item_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.15
     """Share of an ingredient domain's items held out of all training for the cold split."""
     num_negatives: PositiveInt = 19
-    unlabeled_fraction: Fraction = 0.2
+    unlabeled_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of an ingredient domain's users whose prompts guide the merge, never scored."""
 
     @model_validator(mode="after")
@@ -237,11 +237,18 @@ class TrainConfig(TrainingConfig):
         return self
 
 
+_FORM_FIELDS = ("style", "loss", "prior_in_loss")
+"""What decides the form of the prompts and the likelihood that an adapter learns."""
+
+
 class TuneConfig(TrainingConfig):
     """The ingredients, on Ray Tune: one trial per (domain, setting)."""
 
     search: dict[str, tuple[Any, ...]] = {}
-    """Grid over fields of this section, e.g. `{learning_rate: [1e-3, 5e-4]}`; `lora.rank` works."""
+    """Grid over fields of this section, e.g. `{learning_rate: [1e-3, 5e-4]}`; `lora.rank` works.
+
+    Not over `style`, `loss` and `prior_in_loss`: spirit and ingredient are mixed in one form.
+    """
     num_valid_users: PositiveInt = 50
     """Validation users that choose among a domain's trials."""
     cpus_per_trial: PositiveFloat = 1.0
@@ -257,7 +264,15 @@ class TuneConfig(TrainingConfig):
 
     def settings(self) -> tuple[TrainingConfig, ...]:
         """One `TrainingConfig` per point of the grid."""
-        points = []
+        for key, values in self.search.items():
+            if key in _FORM_FIELDS:
+                raise ValueError(
+                    f"`search` names `{key}`, which is no matter of search: spirit and ingredient "
+                    "are mixed and scored in one form; set it under `train` and `tune`"
+                )
+            if not values:
+                raise ValueError(f"`search` gives no value for {key}; list at least one")
+        points: list[TrainingConfig] = []
         for values in itertools.product(*self.search.values()):
             fields: dict[str, Any] = {
                 name: getattr(self, name) for name in TrainingConfig.model_fields
@@ -275,7 +290,10 @@ class TuneConfig(TrainingConfig):
                         f"{', '.join('lora.' + f for f in LoraConfig.model_fields)}"
                     )
                 target[leaf] = value
-            points.append(TrainingConfig.model_validate(fields))
+            point = TrainingConfig.model_validate(fields)
+            if point in points:
+                raise ValueError("`search` has the same point twice; give each value once")
+            points.append(point)
         return tuple(points)
 
 
@@ -355,6 +373,16 @@ class Experiment(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
 
+    @model_validator(mode="after")
+    def _one_form(self) -> Experiment:
+        forms = [(one.style, one.learns_with_prior) for one in (self.train, self.tune)]
+        if forms[0] != forms[1]:
+            raise ValueError(
+                "`train` and `tune` differ in `style`, or in whether they learn with the prior "
+                "(`loss`, `prior_in_loss`); spirit and ingredient are mixed and scored in one form"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name
@@ -363,51 +391,21 @@ class Experiment(Section):
 def load(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     """Read an experiment file and apply `dotted.key=value` overrides, values parsed as YAML.
 
-    Relative source paths are taken from the file's folder, `output_dir` from the working folder.
+    Relative source paths are taken from the file's folder, `output_dir` from the working folder,
+    a model's folder from the one or the other, whichever has it.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or a field is unknown or out of range.
     """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such experiment file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; give the experiment's YAML file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"{path}{where}: not valid YAML: {problem}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected sections such as `name:` and `data:` at top level")
+    raw = read_mapping(path)
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     try:
         experiment = Experiment.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_explain(path, error)) from None
+        raise ConfigError(explain(path, error, Experiment)) from None
     return _with_absolute_paths(experiment, path.resolve().parent)
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set {override}: write it as dotted.key=value")
-    *parents, leaf = key.split(".")
-    node = raw
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: {parent} has no fields")
-        node = child
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: {text!r} is not valid YAML") from None
 
 
 def _with_absolute_paths(experiment: Experiment, folder: Path) -> Experiment:
@@ -419,29 +417,16 @@ def _with_absolute_paths(experiment: Experiment, folder: Path) -> Experiment:
         sources.append(source.model_copy(update=paths))
     data = experiment.data.model_copy(update={"sources": tuple(sources)})
     output_dir = experiment.output_dir.expanduser().resolve()
-    return experiment.model_copy(update={"data": data, "output_dir": output_dir})
+    model = experiment.model.model_copy(update={"path": _model_path(experiment.model.path, folder)})
+    return experiment.model_copy(update={"model": model, "data": data, "output_dir": output_dir})
 
 
-def _explain(path: Path, error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        location = ".".join(str(part) for part in problem["loc"]) or "the file"
-        if problem["type"] == "extra_forbidden":
-            known = _fields_at(problem["loc"][:-1])
-            hint = f"; known fields: {', '.join(known)}" if known else ""
-            lines.append(f"{path}: unknown field `{location}`{hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"{path}: the field `{location}` is missing")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{path}: `{location}`: {message}")
-    return "\n".join(lines)
-
-
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the section at `location`, where it is a plain section."""
-    section: Any = Experiment
-    for part in location:
-        field = getattr(section, "model_fields", {}).get(part)
-        section = field.annotation if field is not None else None
-    return sorted(getattr(section, "model_fields", {}))
+def _model_path(path: str, folder: Path) -> str:
+    """A model's folder in full, for workers have other working folders; else the name as it is."""
+    if path == ModelConfig.model_fields["path"].default:
+        return path
+    given = Path(path).expanduser()
+    for place in (given, folder / given):
+        if place.is_dir():
+            return str(place.resolve())
+    return path

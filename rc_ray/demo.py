@@ -49,7 +49,11 @@ def ask_the_endpoint(experiment: Experiment, console: Progress) -> None:
 
 def _ask(url: str, experiment: Experiment, domain: str, console: Progress) -> None:
     prepared = read_domain(RunFolder(experiment.run_dir).domain_dir(domain))
-    case = max(prepared.cases("test")[:50], key=lambda case: len(case.history))
+    cases = prepared.cases("test")[:50]
+    if not cases:
+        console.note(f"{domain}: no test user to ask for")
+        return
+    case = max(cases, key=lambda case: len(case.history))
     history = [prepared.titles[item] for item in case.history[-NUM_HISTORY:]]
     start = time.monotonic()
     answer = _post(f"{url}/v1/rank", {"domain": domain, "history": history, "k": NUM_ITEMS})

@@ -14,14 +14,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from rc_ray import artifacts
+from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
 from rc_ray.comparison import DomainScores, SystemScores, calibration, compare, popularity
 from rc_ray.config import Experiment, System
 from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
 from rc_ray.errors import UserError
 from rc_ray.progress import Progress
-from rc_ray.session import require_resources
+from rc_ray.session import num_fitting, require_resources
 from rc_ray.shards import DomainRun, Shard, SystemRun, read_scores, shards_of
 
 _ADAPTERS: dict[System, str] = {
@@ -32,6 +32,10 @@ _ADAPTERS: dict[System, str] = {
     "cocktail": "cocktails/{domain}",
 }
 """Where a system's adapter lies in the run folder."""
+
+
+_WORK = "evaluate.work"
+_PATIENCE_S = 60.0
 
 
 class EvaluationFailed(UserError):
@@ -60,14 +64,8 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     folder = RunFolder(experiment.run_dir.absolute())
     target = folder.evaluate_dir
     console.stage("evaluate: every system on the frozen candidates")
-    config = {
-        "evaluate": experiment.evaluate.model_dump(
-            mode="json", exclude={"num_actors", "cpus_per_actor", "gpus_per_actor"}
-        ),
-        "style": experiment.tune.style,
-        "model": experiment.model.model_dump(mode="json"),
-    }
-    inputs = _inputs(experiment, folder)
+    recipe = recipes.evaluation(experiment)
+    config, inputs = recipe.config, recipe.inputs(folder)
     mark = artifacts.fingerprint(config=config, seed=experiment.seed, inputs=inputs)
     if not force and artifacts.is_finished(target, mark):
         console.note(f"{target} is up to date")
@@ -94,11 +92,13 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
             seed=experiment.seed,
             inputs=inputs,
             metrics={
-                "seconds": round(seconds, 1),
-                "num_scores": num_scores,
-                "scores_per_s": round(num_scores / seconds, 2),
+                # Of this run alone: scores that were on disk are not among them.
+                "last_run_seconds": round(seconds, 1),
+                "last_run_num_scores": num_scores,
+                "last_run_scores_per_s": round(num_scores / seconds, 2),
             },
         )
+    prune(folder.root / _WORK, runs)
     return target
 
 
@@ -118,6 +118,7 @@ def plan_run(
             continue
         adapter = _ADAPTERS[system].format(domain=domain.name)
         shaping = {
+            "method": artifacts.METHOD,
             "model": experiment.model.model_dump(mode="json"),
             "style": experiment.tune.style,
             "max_titles": settings.max_titles,
@@ -129,7 +130,7 @@ def plan_run(
             SystemRun(
                 system=system,
                 adapter_dir=folder.root / adapter if adapter else None,
-                folder=folder.root / "evaluate.work" / artifacts.digest(shaping)[:16],
+                folder=folder.root / _WORK / artifacts.digest(shaping)[:16],
             )
         )
     return DomainRun(
@@ -141,6 +142,14 @@ def plan_run(
         max_titles=settings.max_titles,
         tokens_per_batch=settings.tokens_per_batch,
     )
+
+
+def prune(work: Path, runs: list[DomainRun]) -> None:
+    """Remove the scores that belong to none of these systems: no evaluation would read them."""
+    used = {system.folder for run in runs for system in run.systems}
+    for path in work.iterdir() if work.exists() else ():
+        if path not in used:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def chosen_cases(experiment: Experiment, domain: Domain) -> dict[str, list[RankingCase]]:
@@ -180,6 +189,10 @@ def score_all(
         gpus=settings.gpus_per_actor,
         count=settings.num_actors or 1,
     )
+    num_actors = settings.num_actors or max(
+        1, num_fitting(settings.cpus_per_actor, settings.gpus_per_actor)
+    )
+    model = str(model_dir(experiment.model.path, console.note))
     actor_class = ray.remote(ShardScorer).options(
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor,
@@ -188,16 +201,30 @@ def score_all(
     )
     actors = [
         actor_class.remote(
-            str(model_dir(experiment.model.path, console.note)),
+            model,
+            experiment.model.path,
             experiment.model.dtype,
             settings.cpus_per_actor,
             settings.gpus_per_actor > 0,
         )
-        for _ in range(min(_num_actors(experiment), len(pending)))
+        for _ in range(min(num_actors, len(pending)))
     ]
+    try:
+        return _hand_out(actors, pending, console)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _hand_out(actors: list[Any], pending: list[Shard], console: Progress) -> int:
+    """Give the shards to the actors that live: one that finds no room must not hold any."""
+    import ray
+
     total = sum(shard.num_scores for shard in pending)
     task = console.task("users x systems", total)
     done = 0
+    is_told = False
+    starting = {actor.__ray_ready__.remote(): actor for actor in actors}
     running: dict[Any, tuple[Any, Shard, int]] = {}
 
     def give(actor: Any) -> None:
@@ -205,54 +232,31 @@ def score_all(
             shard = pending.pop(0)
             running[actor.score.remote(shard)] = actor, shard, shard.num_scores
 
-    try:
-        for actor in actors:
-            give(actor)
-        while running:
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            actor, shard, num_scores = running.pop(ready)
-            try:
-                problem = ray.get(ready)
-            except ray.exceptions.RayError as error:
-                problem = f"its process died: {str(error).splitlines()[0]}"
-            if problem:
-                raise EvaluationFailed(f"evaluate: {shard.run.domain}: {problem}")
-            done += num_scores
-            task.update(done)
-            give(actor)
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+    while running or pending:
+        waiting = [*running, *(starting if pending else ())]
+        found, _ = ray.wait(waiting, num_returns=1, timeout=None if running else _PATIENCE_S)
+        if not found:
+            if not is_told:
+                console.note("evaluate: its actors wait for resources that others of Ray hold")
+                is_told = True
+            continue
+        ready = found[0]
+        try:
+            answer = ray.get(ready)
+        except ray.exceptions.RayError as error:
+            answer = f"its process died: {str(error).splitlines()[0]}"
+            if ready in starting:
+                raise EvaluationFailed(f"evaluate: an actor: {answer}") from None
+        if ready in starting:
+            give(starting.pop(ready))
+            continue
+        actor, shard, num_scores = running.pop(ready)
+        if answer:
+            raise EvaluationFailed(f"evaluate: {shard.run.domain}: {answer}")
+        done += num_scores
+        task.update(done)
+        give(actor)
     return total
-
-
-def _num_actors(experiment: Experiment) -> int:
-    import ray
-
-    settings = experiment.evaluate
-    if settings.num_actors is not None:
-        return settings.num_actors
-    there: dict[str, float] = ray.cluster_resources()
-    fits = there.get("CPU", 1.0) / settings.cpus_per_actor
-    if settings.gpus_per_actor:
-        fits = min(fits, there.get("GPU", 0.0) / settings.gpus_per_actor)
-    return max(1, int(fits))
-
-
-def _inputs(experiment: Experiment, folder: RunFolder) -> dict[str, str]:
-    systems = set(experiment.evaluate.systems)
-    inputs = {}
-    if "spirit" in systems:
-        inputs["spirit"] = artifacts.manifest_digest(folder.spirit_dir)
-    for domain in experiment.data.ingredients:
-        inputs[f"data/{domain}"] = artifacts.manifest_digest(folder.domain_dir(domain))
-        if "ingredient" in systems:
-            path = folder.ingredient_dir(domain)
-            inputs[f"ingredients/{domain}"] = artifacts.manifest_digest(path)
-        if systems & {"uniform", "cocktail"}:
-            path = folder.cocktail_dir(domain)
-            inputs[f"cocktails/{domain}"] = artifacts.manifest_digest(path)
-    return inputs
 
 
 def _domain_scores(experiment: Experiment, domain: Domain, run: DomainRun) -> DomainScores:
@@ -262,5 +266,11 @@ def _domain_scores(experiment: Experiment, domain: Domain, run: DomainRun) -> Do
         systems["popularity"] = popularity(run.cases, log_prior)
     for system in run.systems:
         scores = read_scores(run, system)
-        systems[system.system] = calibration(scores, run.cases, log_prior, experiment.evaluate)
+        systems[system.system] = calibration(
+            scores,
+            run.cases,
+            log_prior,
+            experiment.evaluate,
+            default=(0.0, 0.0, experiment.tune.learns_with_prior),
+        )
     return DomainScores(name=domain.name, cases=run.cases, systems=systems)

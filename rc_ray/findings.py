@@ -112,10 +112,12 @@ def read_results(evaluate_dir: Path) -> Results:
         )
     differences = {}
     pairs = ("domain", "split", "metric", "system_a", "system_b")
-    wanted = (*pairs, "difference", "ci_low", "ci_high")
+    wanted = (*pairs, "difference", "ci_low", "ci_high", "num_users")
     for row in _rows(evaluate_dir / "differences.parquet", wanted):
         pair = (row["domain"], row["split"], row["metric"], row["system_a"], row["system_b"])
-        differences[pair] = Difference(row["difference"], row["ci_low"], row["ci_high"])
+        differences[pair] = Difference(
+            row["difference"], row["ci_low"], row["ci_high"], row["num_users"]
+        )
     return Results(scores=scores, differences=differences)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rc_ray import artifacts
+from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError, UserError
@@ -69,19 +69,8 @@ def make_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[s
         ArtifactError: the domain, the spirit or the ingredient is not there yet.
     """
     merge = experiment.merge
-    config = {
-        "merge": merge.model_dump(
-            mode="json", exclude={"cpus_per_task", "gpus_per_task", "micro_batch_size"}
-        ),
-        "style": experiment.tune.style,
-        "with_prior": experiment.tune.learns_with_prior,
-        "model": experiment.model.model_dump(mode="json"),
-    }
-    inputs = {
-        "spirit": artifacts.manifest_digest(folder.spirit_dir),
-        f"ingredients/{domain}": artifacts.manifest_digest(folder.ingredient_dir(domain)),
-        f"data/{domain}": artifacts.manifest_digest(folder.domain_dir(domain)),
-    }
+    recipe = recipes.cocktail(experiment, domain)
+    config, inputs = recipe.config, recipe.inputs(folder)
     return {
         "domain": domain,
         "domain_dir": str(folder.domain_dir(domain)),

@@ -29,7 +29,7 @@ from rc_ray.core.model import (
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.weighting import UnlabeledPrompt, learn_weights, num_weighting_steps
-from rc_ray.engines import prepare_process
+from rc_ray.engines import local_model_dir, prepare_process
 from rc_ray.errors import ArtifactError, UserError
 
 ADAPTER_NAMES = ("spirit", "ingredient")
@@ -56,9 +56,10 @@ def _mix(order: dict[str, Any]) -> dict[str, Any]:
     prepare_process(order["num_cpus"])
     device = "cuda" if order["use_gpu"] else "cpu"
     dtype = choose_dtype(order["config"]["model"]["dtype"], device)
-    lm = load_language_model(order["model_dir"], dtype, device)
+    base_name = order["config"]["model"]["path"]
+    lm = load_language_model(local_model_dir(order["model_dir"], base_name), dtype, device)
     domain = read_domain(Path(order["domain_dir"]))
-    adapters = [load_adapter(Path(order[f"{name}_dir"])) for name in ADAPTER_NAMES]
+    adapters = [load_adapter(Path(order[f"{name}_dir"]), base_name) for name in ADAPTER_NAMES]
     ranker = Ranker(
         lm,
         domain.name,
@@ -91,7 +92,6 @@ def _mix(order: dict[str, Any]) -> dict[str, Any]:
     weights = step.weights
 
     target = Path(order["target"])
-    base_name = order["config"]["model"]["path"]
     with replaced_dir(target) as work:
         save_adapter(work, concatenate(adapters, weights), base_name)
         save_adapter(work / "uniform", concatenate(adapters, uniform_weights(adapters)), base_name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from rc_ray import __version__, artifacts, page
+from rc_ray import artifacts, page, recipes
 from rc_ray.config import SYSTEMS, Experiment
 from rc_ray.core.metrics import METRICS
 from rc_ray.findings import Findings, read_findings
@@ -24,8 +24,8 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     run_folder = artifacts.RunFolder(experiment.run_dir)
     folder = run_folder.report_dir
     console.stage("report")
-    config = {**experiment.model_dump(mode="json"), "version": __version__}
-    inputs = {"evaluate": artifacts.manifest_digest(run_folder.evaluate_dir)}
+    recipe = recipes.report(experiment)
+    config, inputs = recipe.config, recipe.inputs(run_folder)
     wanted = artifacts.fingerprint(config=config, seed=experiment.seed, inputs=inputs)
     if not force and artifacts.is_finished(folder, wanted):
         console.note(f"finished before: {folder / 'index.html'}")

@@ -87,27 +87,43 @@ def require_resources(what: str, *, cpus: float, gpus: float = 0.0, count: int =
     import ray
     import ray._private.state
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if sum(_num_fitting(node, cpus, gpus) for node in nodes) >= count:
+    if num_fitting(cpus, gpus) >= count:
         return
+    num_nodes = len(_live_nodes())
     total = ray.cluster_resources()
     # An autoscaler writes what it may grow to into the cluster's own record.
     limits: dict[str, float] | None = (
         ray._private.state.state.get_max_resources_from_cluster_config()
     )
-    if limits is not None and _num_fitting(limits, cpus, gpus) >= count:
+    if limits is not None and _fitting(limits, cpus, gpus) >= count:
         return
     wanted = f"{count} x ({cpus:g} CPU" + (f", {gpus:g} GPU)" if gpus else ")")
     there = f"{total.get('CPU', 0.0):g} CPU and {total.get('GPU', 0.0):g} GPU"
-    nodes_text = f" on {len(nodes)} nodes" if len(nodes) > 1 else ""
+    nodes_text = f" on {num_nodes} nodes" if num_nodes > 1 else ""
     raise ConfigError(
         f"{what} ask for {wanted}, the cluster has {there}{nodes_text}; "
         "lower these fields or give Ray more (`--num-cpus`, a larger cluster)"
     )
 
 
-def _num_fitting(resources: dict[str, Any], cpus: float, gpus: float) -> int:
-    """How many processes of this size fit into `resources` together."""
+def num_fitting(cpus: float, gpus: float) -> int:
+    """How many processes of this size the live nodes hold together; none spans two nodes.
+
+    Args:
+        cpus: logical CPUs of each process.
+        gpus: GPUs of each process; shares of one count.
+    """
+    return sum(_fitting(resources, cpus, gpus) for resources in _live_nodes())
+
+
+def _live_nodes() -> list[dict[str, Any]]:
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _fitting(resources: dict[str, Any], cpus: float, gpus: float) -> int:
+    """How many processes of this size fit into one node's resources together."""
     fits = []
     if cpus > 0:
         fits.append(float(resources.get("CPU", 0.0)) / cpus)

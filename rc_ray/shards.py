@@ -19,10 +19,10 @@ import torch
 from rc_ray.config import System
 from rc_ray.core.adapters import Adapter, first_adapted_layer, load_adapter
 from rc_ray.core.domains import Domain, RankingCase, read_domain
-from rc_ray.core.model import choose_dtype, load_language_model
+from rc_ray.core.model import LanguageModel, choose_dtype, load_language_model
 from rc_ray.core.prompts import PromptRenderer, Style
 from rc_ray.core.ranking import Ranker
-from rc_ray.engines import prepare_process
+from rc_ray.engines import local_model_dir, prepare_process
 from rc_ray.errors import ArtifactError, UserError
 
 USERS_PER_SHARD = 16
@@ -101,15 +101,27 @@ def read_scores(run: DomainRun, system: SystemRun) -> dict[str, Floats]:
     for shard in shards_of(run):
         path = shard.path(system)
         try:
-            found[shard.split].append(np.load(path, allow_pickle=False))
+            scores = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError):
             raise ArtifactError(
                 f"{path}: missing or damaged; delete it and evaluate again"
             ) from None
+        if not _fits(scores, shard):
+            raise ArtifactError(
+                f"{path}: holds scores of shape {scores.shape} for {len(shard.cases)} users; "
+                "delete it and evaluate again"
+            )
+        found[shard.split].append(scores)
     return {
         split: np.concatenate(parts) if parts else np.zeros((0, 2, 1), np.float32)
         for split, parts in found.items()
     }
+
+
+def _fits(scores: Floats, shard: Shard) -> bool:
+    if shard.split == EMPTY:
+        return scores.ndim == 3 and scores.shape[:2] == (1, 2)
+    return scores.shape == (len(shard.cases), 2, len(shard.cases[0].candidates))
 
 
 class ShardScorer:
@@ -118,16 +130,22 @@ class ShardScorer:
     Decoder layers that none of a domain's adapters change are run once for all its systems.
 
     Args:
-        model_dir: folder of the base LLM.
+        model_dir: folder of the base LLM on the driver.
+        model_path: the base LLM as the config names it, which the adapters must be of.
         dtype: as in the config.
         num_cpus: threads.
         use_gpu: score on the GPU that Ray gave this process.
     """
 
-    def __init__(self, model_dir: str, dtype: str, num_cpus: float, use_gpu: bool) -> None:
+    def __init__(
+        self, model_dir: str, model_path: str, dtype: str, num_cpus: float, use_gpu: bool
+    ) -> None:
         prepare_process(num_cpus)
-        device = "cuda" if use_gpu else "cpu"
-        self._lm = load_language_model(model_dir, choose_dtype(dtype, device), device)
+        self._model_dir = model_dir
+        self._model_path = model_path
+        self._dtype = dtype
+        self._device = "cuda" if use_gpu else "cpu"
+        self._loaded: LanguageModel | None = None
         self._domain: Domain | None = None
         self._ranker: Ranker | None = None
         self._adapters: dict[System, Adapter] = {}
@@ -135,7 +153,8 @@ class ShardScorer:
     def score(self, shard: Shard) -> str | None:
         """Write what is missing of a shard; returns what is wrong where no retry would help."""
         try:
-            ranker, domain = self._prepare(shard.run)
+            lm = self._language_model()
+            ranker, domain = self._prepare(shard.run, lm)
             histories, listed = _requests(shard, domain)
             prepared = ranker.prepare(
                 histories,
@@ -143,7 +162,7 @@ class ShardScorer:
                 shared_layers=first_adapted_layer(list(self._adapters.values())),
             )
             for system in shard.missing:
-                with torch.no_grad(), self._lm.folded(self._adapters.get(system.system)):
+                with torch.no_grad(), lm.folded(self._adapters.get(system.system)):
                     scores = torch.stack(ranker.score(prepared)).cpu().numpy()  # (N, 2, C)
                 if not np.isfinite(scores).all():
                     return f"{system.system}: a score is not finite; check its training loss"
@@ -155,22 +174,32 @@ class ShardScorer:
             return f"{type(error).__name__}: {error}"
         return None
 
-    def _prepare(self, run: DomainRun) -> tuple[Ranker, Domain]:
+    def _language_model(self) -> LanguageModel:
+        """Loaded at the first shard rather than at the start, where Ray would hide the reason."""
+        if self._loaded is None:
+            self._loaded = load_language_model(
+                local_model_dir(self._model_dir, self._model_path),
+                choose_dtype(self._dtype, self._device),
+                self._device,
+            )
+        return self._loaded
+
+    def _prepare(self, run: DomainRun, lm: LanguageModel) -> tuple[Ranker, Domain]:
         """The domain's catalogue and adapters, kept until another domain's turn."""
         if self._domain is None or self._ranker is None or self._domain.name != run.domain:
             self._domain = None
             domain = read_domain(run.domain_dir)
             self._adapters = {
-                system.system: load_adapter(system.adapter_dir)
+                system.system: load_adapter(system.adapter_dir, self._model_path)
                 for system in run.systems
                 if system.adapter_dir is not None
             }
             self._ranker = Ranker(
-                self._lm,
+                lm,
                 run.domain,
                 domain.titles,
                 domain.num_train,
-                PromptRenderer(self._lm.tokenizer, run.style),
+                PromptRenderer(lm.tokenizer, run.style),
                 max_titles=run.max_titles,
                 tokens_per_batch=run.tokens_per_batch,
             )

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from rc_ray.artifacts import MANIFEST, RunFolder, read_json, sha256_file
+from rc_ray import recipes
+from rc_ray.artifacts import MANIFEST, RunFolder, fingerprint, read_json, sha256_file
 from rc_ray.config import Experiment
 from rc_ray.core.sources import domain_names
 from rc_ray.errors import ArtifactError
@@ -75,36 +76,49 @@ def _reasons(
         return
     if seed != experiment.seed:
         yield f"made with seed {seed}"
+    config, reads = _wanted(experiment, run, folder)
     for name, digest in inputs.items():
         source = run.root / name
         if source in stale:
             yield f"{name} is stale"
         elif (source / MANIFEST).exists() and sha256_file(source / MANIFEST) != digest:
             yield f"{name} has changed"
-    domain = folder.name
-    for field in _differing(recorded, _settings(experiment, domain)):
+    if reads is not None:
+        for name in sorted(set(reads) ^ set(inputs)):
+            yield f"{name} is {'new' if name in reads else 'no longer'} among what it reads"
+    for field in _differing(recorded, config):
         yield f"{field} has changed"
+    if fingerprint(config=config, seed=seed, inputs=inputs) != manifest.get("fingerprint"):
+        yield "made by another version of the method"
 
 
-def _settings(experiment: Experiment, domain: str) -> dict[str, Any]:
-    """Today's settings under the names by which the stages record them."""
-    settings = experiment.model_dump(mode="json")
-    source = next((s for s in experiment.data.sources if domain in domain_names(s)), None)
-    prepared = fingerprint_config(experiment.data, source, domain) if source is not None else {}
-    return {
-        **settings,
-        **prepared,
-        "training": settings["train"],
-        "style": experiment.tune.style,
-        "trials": [{"training": one.model_dump(mode="json")} for one in experiment.tune.settings()],
-    }
+def _wanted(
+    experiment: Experiment, run: RunFolder, folder: Path
+) -> tuple[dict[str, Any], tuple[str, ...] | None]:
+    """Today's settings of a stage folder, and the stage folders it reads; None reads raw files."""
+    domain = folder.name
+    if folder == run.domain_dir(domain):
+        source = next(one for one in experiment.data.sources if domain in domain_names(one))
+        return fingerprint_config(experiment.data, source, domain), None
+    recipe = {
+        run.spirit_dir: lambda: recipes.spirit(experiment),
+        run.ingredient_dir(domain): lambda: recipes.ingredient(experiment, domain),
+        run.cocktail_dir(domain): lambda: recipes.cocktail(experiment, domain),
+        run.evaluate_dir: lambda: recipes.evaluation(experiment),
+        run.report_dir: lambda: recipes.report(experiment),
+    }[folder]()
+    return recipe.config, recipe.reads
 
 
 def _differing(recorded: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Dotted names of what both sides hold, with different values."""
+    """Dotted names of what differs, or stands on one side only."""
     if isinstance(recorded, Mapping) and isinstance(now, Mapping):
-        for key in sorted(recorded.keys() & now.keys()):
-            yield from _differing(recorded[key], now[key], f"{path}.{key}" if path else key)
+        for key in sorted(recorded.keys() | now.keys()):
+            inner = f"{path}.{key}" if path else key
+            if key in recorded and key in now:
+                yield from _differing(recorded[key], now[key], inner)
+            else:
+                yield f"`{inner}`"
     elif isinstance(recorded, list) and isinstance(now, list) and len(recorded) == len(now):
         for before, after in zip(recorded, now, strict=True):
             yield from _differing(before, after, path)

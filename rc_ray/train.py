@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rc_ray import artifacts
+from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment, TrainConfig
-from rc_ray.curves import read_metrics, shaping_config, summary, write_metrics
+from rc_ray.curves import read_metrics, summary, write_metrics
 from rc_ray.errors import ConfigError, UserError
 from rc_ray.progress import JsonlTail, Progress, polled
 from rc_ray.session import require_resources
@@ -50,11 +50,8 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         TrainingFailed: the workers failed more often than `train.max_failures`.
     """
     folder = RunFolder(experiment.run_dir.absolute())
-    inputs = {
-        f"data/{name}": artifacts.manifest_digest(folder.domain_dir(name))
-        for name in experiment.data.spirit
-    }
-    shaping = shaping_config(experiment.train, experiment)
+    recipe = recipes.spirit(experiment)
+    shaping, inputs = recipe.config, recipe.inputs(folder)
     wanted = artifacts.fingerprint(config=shaping, seed=experiment.seed, inputs=inputs)
     console.stage("train: the base spirit")
     if not force and artifacts.is_finished(folder.spirit_dir, wanted):

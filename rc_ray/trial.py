@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rc_ray.artifacts import replaced_dir, write_json, write_manifest
+from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, write_json, write_manifest
 from rc_ray.config import TrainingConfig
-from rc_ray.core.adapters import Adapter, check_adapter, save_adapter
+from rc_ray.core.adapters import Adapter, check_adapter, load_adapter, save_adapter
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.metrics import ndcg, rank_targets
 from rc_ray.core.model import LanguageModel, choose_dtype, load_language_model
@@ -24,6 +24,10 @@ from rc_ray.core.ranking import Ranker
 from rc_ray.curves import read_metrics, summary, write_metrics
 from rc_ray.engines import build_learner, check_trained, local_model_dir, prepare_process
 from rc_ray.errors import UserError
+
+_CHECKPOINT = ".checkpoint"
+"""Hidden: no part of what the manifest seals."""
+_TRAINED = "training_fingerprint"
 
 
 def run_trial(config: dict[str, Any]) -> None:
@@ -51,6 +55,8 @@ def run_trial(config: dict[str, Any]) -> None:
 def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
     """Train from the last checkpoint on, rank the validation users, seal the folder.
 
+    A folder that other validation settings have sealed is ranked anew without training.
+
     Args:
         trial: what `rc_ray.tune` writes into the parameter space; all JSON-able.
 
@@ -65,7 +71,8 @@ def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
     lm = _base(folder_of_base, trial["model"]["dtype"], device)
     domain = read_domain(Path(trial["domain_dir"]))
     folder.mkdir(parents=True, exist_ok=True)
-    adapter = _train(trial, setting, lm, domain, folder)
+    trained = _trained(trial, folder)
+    adapter = _train(trial, setting, lm, domain, folder) if trained is None else trained
     check_adapter(adapter, folder)
     check_trained(adapter, folder)
     renderer = PromptRenderer(lm.tokenizer, setting.style)
@@ -86,11 +93,16 @@ def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
             seed=trial["seed"],
             with_prior=setting.learns_with_prior,
         )
-    save_adapter(folder / "adapter", adapter, trial["model"]["path"])
     rows = read_metrics(folder / "metrics.jsonl")
-    write_metrics(folder / "metrics.jsonl", rows)
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    metrics = {**summary(rows), "valid_ndcg": quality, "num_valid_users": num_users}
+    if trained is None:
+        save_adapter(folder / "adapter", adapter, trial["model"]["path"])
+        write_metrics(folder / "metrics.jsonl", rows)
+    metrics = {
+        **summary(rows),
+        "valid_ndcg": quality,
+        "num_valid_users": num_users,
+        _TRAINED: trial["training_fingerprint"],
+    }
     write_manifest(
         folder,
         stage="tune",
@@ -99,6 +111,8 @@ def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
         inputs=trial["inputs"],
         metrics=metrics,
     )
+    # Only now: a kill before the manifest must not cost the training.
+    shutil.rmtree(folder / _CHECKPOINT, ignore_errors=True)
     return metrics
 
 
@@ -133,6 +147,16 @@ def validate(
     return float(np.mean(gains)), len(gains)
 
 
+def _trained(trial: dict[str, Any], folder: Path) -> Adapter | None:
+    """The adapter of a folder that was sealed after this very training."""
+    if not (folder / MANIFEST).exists():
+        return None
+    metrics = read_json(folder / MANIFEST)["metrics"]
+    if metrics.get(_TRAINED) != trial["training_fingerprint"]:
+        return None
+    return load_adapter(folder / "adapter", trial["model"]["path"])
+
+
 def _train(
     trial: dict[str, Any],
     setting: TrainingConfig,
@@ -141,7 +165,7 @@ def _train(
     folder: Path,
 ) -> Adapter:
     """Run the remaining steps; the base model is bare again afterwards."""
-    checkpoint = folder / "checkpoint"
+    checkpoint = folder / _CHECKPOINT
     learner = build_learner(
         lm,
         [domain],
@@ -171,6 +195,7 @@ def _train(
         return learner.adapter()
     finally:
         learner.peft_model.unload()
+        lm.model.eval()
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rc_ray import artifacts
+from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment, TrainingConfig
 from rc_ray.curves import read_metrics, shaping_config, summary
@@ -40,7 +40,10 @@ class Trial:
     setting: TrainingConfig
     label: str
     folder: Path
+    """Named after what shapes the training: another validation finds the trained adapter there."""
+    training_fingerprint: str
     fingerprint: str
+    """Of training and validation."""
     config: dict[str, Any]
     inputs: dict[str, str]
 
@@ -82,7 +85,12 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         try:
             found = plan_trials(experiment, folder, domain, work)
             if not force and artifacts.is_finished(
-                folder.ingredient_dir(domain), _domain_fingerprint(found, experiment.seed)
+                folder.ingredient_dir(domain),
+                artifacts.fingerprint(
+                    config=recipes.ingredient(experiment, domain).config,
+                    seed=experiment.seed,
+                    inputs=found[0].inputs,
+                ),
             ):
                 console.note(f"{folder.ingredient_dir(domain)} is up to date")
                 continue
@@ -93,7 +101,7 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     problems = _fit(experiment, folder, work, pending, console) if pending else {}
     for domain, found in trials.items():
         try:
-            best = _choose(folder.ingredient_dir(domain), found, problems, experiment.seed)
+            best = _choose(folder.ingredient_dir(domain), found, problems, experiment.seed, console)
         except UserError as error:
             failed[domain] = str(error)
             continue
@@ -117,22 +125,22 @@ def plan_trials(experiment: Experiment, folder: RunFolder, domain: str, work: Pa
     Raises:
         ArtifactError: the domain is not prepared.
     """
-    inputs = {f"data/{domain}": artifacts.manifest_digest(folder.domain_dir(domain))}
+    inputs = recipes.ingredient(experiment, domain).inputs(folder)
     trials = []
     for setting in experiment.tune.settings():
-        config = {
-            **shaping_config(setting, experiment),
-            "num_valid_users": experiment.tune.num_valid_users,
-            "valid_max_titles": experiment.evaluate.max_titles,
-        }
-        mark = artifacts.fingerprint(config=config, seed=experiment.seed, inputs=inputs)
+        shaping = shaping_config(setting, experiment)
+        config = recipes.validated(shaping, experiment)
+        training = artifacts.fingerprint(config=shaping, seed=experiment.seed, inputs=inputs)
         trials.append(
             Trial(
                 domain=domain,
                 setting=setting,
                 label=_label(setting, tuple(experiment.tune.search)),
-                folder=work / domain / mark[:16],
-                fingerprint=mark,
+                folder=work / domain / training[:16],
+                training_fingerprint=training,
+                fingerprint=artifacts.fingerprint(
+                    config=config, seed=experiment.seed, inputs=inputs
+                ),
                 config=config,
                 inputs=inputs,
             )
@@ -158,7 +166,7 @@ def trial_config(
         "setting": trial.setting.model_dump(mode="json"),
         "domain_dir": str(folder.domain_dir(trial.domain)),
         "folder": str(trial.folder),
-        "fingerprint": trial.fingerprint,
+        "training_fingerprint": trial.training_fingerprint,
         "config": trial.config,
         "inputs": trial.inputs,
     }
@@ -170,14 +178,6 @@ def _label(setting: TrainingConfig, searched: tuple[str, ...]) -> str:
         section, _, leaf = key.rpartition(".")
         parts.append(f"{key}={getattr(setting.lora if section else setting, leaf)}")
     return " ".join(parts)
-
-
-def _domain_fingerprint(trials: list[Trial], seed: int) -> str:
-    return artifacts.fingerprint(config=_domain_config(trials), seed=seed, inputs=trials[0].inputs)
-
-
-def _domain_config(trials: list[Trial]) -> dict[str, Any]:
-    return {"trials": [trial.config for trial in trials]}
 
 
 def _fit(
@@ -258,7 +258,9 @@ def _result(trial: Trial) -> dict[str, Any]:
     return metrics
 
 
-def _choose(target: Path, trials: list[Trial], problems: dict[Path, str], seed: int) -> Trial:
+def _choose(
+    target: Path, trials: list[Trial], problems: dict[Path, str], seed: int, console: Progress
+) -> Trial:
     """Put the best trial's adapter in the ingredient's place, with the table of all trials."""
     from rc_ray.core.adapters import check_adapter, load_adapter
     from rc_ray.engines import check_trained
@@ -268,6 +270,10 @@ def _choose(target: Path, trials: list[Trial], problems: dict[Path, str], seed: 
         raise IngredientsFailed(
             next((problems[t.folder] for t in trials if t.folder in problems), "no trial finished")
         )
+    for trial in trials:
+        if trial not in finished:
+            why = problems.get(trial.folder, "it did not finish")
+            console.note(f"{trial.domain}: the trial {trial.label} failed: {why}")
     # Equal validation: the lower training loss, then the order of the grid.
     best = max(finished, key=lambda t: (_result(t)["valid_ndcg"] or 0.0, -_result(t)["final_loss"]))
     with artifacts.replaced_dir(target) as work:
@@ -280,10 +286,14 @@ def _choose(target: Path, trials: list[Trial], problems: dict[Path, str], seed: 
         artifacts.write_manifest(
             work,
             stage="tune",
-            config=_domain_config(trials),
+            config={"trials": [trial.config for trial in trials]},
             seed=seed,
             inputs=trials[0].inputs,
-            metrics={**summary(read_metrics(best.metrics_path)), **_result(best)},
+            metrics={
+                **summary(read_metrics(best.metrics_path)),
+                **_result(best),
+                "num_failed": len(trials) - len(finished),
+            },
         )
     return best
 

@@ -9,6 +9,8 @@ from typing import Literal
 Outcome = Literal["beats", "ties", "loses"]
 
 HEADLINE = "HR@1"
+MIN_USERS = 20
+"""With fewer no difference is called one."""
 NAMES = {
     "popularity": "popularity",
     "base": "the base LLM",
@@ -40,17 +42,25 @@ class Difference:
     value: float
     low: float
     high: float
+    num_users: int
+
+    @property
+    def is_told_by_too_few(self) -> bool:
+        """Whether a bootstrap over so few users promises more than it can hold."""
+        return self.num_users < MIN_USERS
 
     @property
     def outcome(self) -> Outcome:
-        """`ties` when the interval holds 0: no difference was shown."""
+        """`ties` when the interval holds 0, or users are too few: no difference was shown."""
+        if self.is_told_by_too_few:
+            return "ties"
         if self.low > 0:
             return "beats"
         return "loses" if self.high < 0 else "ties"
 
     def reversed(self) -> Difference:
         """System b minus system a."""
-        return Difference(-self.value, -self.high, -self.low)
+        return Difference(-self.value, -self.high, -self.low, self.num_users)
 
 
 @dataclass(frozen=True)
@@ -185,7 +195,10 @@ def in_short(results: Results, domains: Sequence[str]) -> list[str]:
 
 
 def _signed(difference: Difference) -> str:
-    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    text = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    if difference.is_told_by_too_few:
+        return f"{text}, too few users: {difference.num_users}"
+    return text
 
 
 def _quoted(names: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from rc_ray.comparison import DomainScores, calibration, compare, popularity
 from rc_ray.config import EvaluateConfig
 from rc_ray.core.domains import RankingCase
 
+TRAINED = (0.0, 0.0, False)
 LOG_PRIOR = np.log(np.array([0.4, 0.3, 0.2, 0.1]))
 CASES = {
     "valid": [
@@ -41,7 +42,7 @@ def test_alpha_is_chosen_where_the_empty_history_misleads() -> None:
         "warm": both([[-9.0, -2.0], [-4.0, -2.0]], [[0.0, 0.0], [0.0, 0.0]]),
         "cold": np.zeros((0, 2, 1)),
     }
-    chosen = calibration(scores, CASES, LOG_PRIOR, config(alphas=[0.0, 1.0], gammas=[0.0]))
+    chosen = calibration(scores, CASES, LOG_PRIOR, config(alphas=[0.0, 1.0], gammas=[0.0]), TRAINED)
     assert (chosen.alpha, chosen.gamma, chosen.prior_in_trie) == (1.0, 0.0, False)
     assert chosen.valid_ndcg == pytest.approx(1.0)
     # warm u1: -9 + 9 = 0 against -2 + 1 = -1, missed; u2: -4 + 9 = 5 against -2 + 1, found.
@@ -57,7 +58,7 @@ def test_the_prior_inside_the_trie_is_a_choice_like_the_others() -> None:
         "warm": both([[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]),
         "cold": np.zeros((0, 2, 1)),
     }
-    chosen = calibration(scores, CASES, LOG_PRIOR, config(alphas=[0.0], gammas=[0.0]))
+    chosen = calibration(scores, CASES, LOG_PRIOR, config(alphas=[0.0], gammas=[0.0]), TRAINED)
     assert chosen.prior_in_trie
     assert chosen.ranks["warm"].expected.tolist() == [2.0, 2.0]
     assert chosen.raw_ranks["warm"].expected.tolist() == [1.0, 1.0]  # raw has no prior at all
@@ -71,10 +72,10 @@ def test_test_users_cannot_influence_the_choice() -> None:
         "warm": rng.normal(size=(2, 2, 2)),
         "cold": np.zeros((0, 2, 1)),
     }
-    first = calibration(scores, CASES, LOG_PRIOR, config())
+    first = calibration(scores, CASES, LOG_PRIOR, config(), TRAINED)
     for _ in range(20):
         other = calibration(
-            {**scores, "warm": rng.normal(size=(2, 2, 2))}, CASES, LOG_PRIOR, config()
+            {**scores, "warm": rng.normal(size=(2, 2, 2))}, CASES, LOG_PRIOR, config(), TRAINED
         )
         assert (other.alpha, other.gamma, other.prior_in_trie) == (
             first.alpha,
@@ -83,13 +84,19 @@ def test_test_users_cannot_influence_the_choice() -> None:
         )
 
 
-def test_without_validation_users_the_first_point_stands() -> None:
-    scores = {"empty": np.zeros((1, 2, 4)), "warm": np.zeros((2, 2, 2))}
+@pytest.mark.parametrize("inside", [True, False])
+def test_without_validation_users_the_likelihood_is_as_trained(inside: bool) -> None:
+    scores = {
+        "empty": np.zeros((1, 2, 4)),
+        "valid": np.zeros((0, 2, 1)),
+        "warm": both([[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]),
+    }
     cases = {"valid": [], "warm": CASES["warm"]}
-    chosen = calibration(
-        {**scores, "valid": np.zeros((0, 2, 1))}, cases, LOG_PRIOR, config(alphas=[0.5, 1.0])
-    )
-    assert (chosen.alpha, chosen.gamma, chosen.valid_ndcg) == (0.5, 0.0, None)
+    settings = config(alphas=[0.5, 1.0], gammas=[2.0], prior_in_trie=[not inside])
+    chosen = calibration(scores, cases, LOG_PRIOR, settings, (0.0, 0.0, inside))
+    assert (chosen.alpha, chosen.gamma, chosen.prior_in_trie) == (0.0, 0.0, inside)
+    assert chosen.valid_ndcg is None
+    assert chosen.ranks["warm"].expected.tolist() == ([2.0, 2.0] if inside else [1.0, 1.0])
 
 
 def test_tables_worked_by_hand() -> None:
@@ -106,7 +113,7 @@ def test_tables_worked_by_hand() -> None:
         CASES,
         {
             "popularity": popularity(CASES, LOG_PRIOR),
-            "cocktail": calibration(perfect, CASES, LOG_PRIOR, settings),
+            "cocktail": calibration(perfect, CASES, LOG_PRIOR, settings, TRAINED),
         },
     )
     tables = compare([scores], settings, seed=3)

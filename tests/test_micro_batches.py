@@ -52,5 +52,5 @@ def test_what_a_training_run_is_known_by(tmp_path: Path) -> None:
     assert shaping("train.batch_size=2") != known
     # The number of negatives shapes the prompts that list them, and those alone.
     assert shaping("data.num_negatives=5") == known
-    instruct = "train.style=instruct"
-    assert shaping(instruct, "data.num_negatives=5") != shaping(instruct)
+    instruct = ("train.style=instruct", "tune.style=instruct")
+    assert shaping(*instruct, "data.num_negatives=5") != shaping(*instruct)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from rc_ray import artifacts, report
+from rc_ray import artifacts, recipes, report
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError
 from rc_ray.findings import read_findings
@@ -193,7 +193,10 @@ class Outline(HTMLParser):
 
 
 def results_of(
-    *differences: tuple[str, str, float, float, float], split: str = "warm", domain: str = "action"
+    *differences: tuple[str, str, float, float, float],
+    split: str = "warm",
+    domain: str = "action",
+    num_users: int = 500,
 ) -> Results:
     return Results(
         scores={
@@ -201,7 +204,7 @@ def results_of(
             for s in ("cocktail", "ingredient", "popularity", "base", "spirit", "uniform")
         },
         differences={
-            (domain, split, "HR@1", a, b): Difference(value, low, high)
+            (domain, split, "HR@1", a, b): Difference(value, low, high, num_users)
             for a, b, value, low, high in differences
         },
     )
@@ -212,10 +215,37 @@ def results_of(
     [(0.01, 0.09, "beats"), (-0.02, 0.04, "ties"), (-0.09, -0.01, "loses"), (0.0, 0.04, "ties")],
 )
 def test_an_outcome_needs_an_interval_without_zero(low: float, high: float, outcome: str) -> None:
-    difference = Difference((low + high) / 2, low, high)
+    difference = Difference((low + high) / 2, low, high, num_users=500)
     assert difference.outcome == outcome
     mirrored = {"beats": "loses", "loses": "beats", "ties": "ties"}
     assert difference.reversed().outcome == mirrored[outcome]
+
+
+def test_too_few_users_show_no_difference() -> None:
+    assert Difference(0.5, 0.3, 0.7, num_users=19).outcome == "ties"
+    assert Difference(-0.5, -0.7, -0.3, num_users=19).reversed().outcome == "ties"
+    assert Difference(0.5, 0.3, 0.7, num_users=20).outcome == "beats"
+    won = ("cocktail", "popularity", 0.5, 0.3, 0.7)
+    told = standing(results_of(won, num_users=12), "action", "cocktail", ("popularity",)) or ""
+    assert "shows no difference from popularity" in told
+    assert "too few users: 12" in told
+
+
+def test_neither_the_service_nor_the_number_of_workers_makes_a_report_stale() -> None:
+    def config(**sections: Any) -> dict[str, Any]:
+        raw = make_experiment(Path("x")).model_dump(mode="json")
+        for name, section in sections.items():
+            raw[name] |= section
+        return recipes.report(Experiment.model_validate(raw)).config
+
+    assert config() == config(
+        serve={"port": 9},
+        train={"num_workers": 2},
+        tune={"cpus_per_trial": 2},
+        merge={"cpus_per_task": 2},
+        evaluate={"num_actors": 2},
+    )
+    assert config() != config(evaluate={"num_bootstrap": 9})
 
 
 def test_a_sentence_tells_wins_losses_and_ties_apart() -> None:

@@ -90,12 +90,16 @@ def save_adapter(folder: Path, adapter: Adapter, base_name: str) -> None:
     check_adapter(load_adapter(folder), folder)
 
 
-def load_adapter(folder: Path) -> Adapter:
+def load_adapter(folder: Path, base_name: str | None = None) -> Adapter:
     """Read a PEFT LoRA folder.
 
+    Args:
+        folder: holds it.
+        base_name: the base LLM that it must have been trained on; None takes any.
+
     Raises:
-        ArtifactError: files are missing or damaged, or the adapter is of a kind that is not a plain
-            low-rank update (DoRA, biases, fully trained modules).
+        ArtifactError: files are missing or damaged, the adapter is of a kind that is not a plain
+            low-rank update (DoRA, biases, fully trained modules), or of another base.
     """
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -110,6 +114,12 @@ def load_adapter(folder: Path) -> Adapter:
             "run the stage that wrote it again with --force"
         ) from None
     _refuse_foreign(config, folder)
+    trained_on = config.get("base_model_name_or_path")
+    if base_name is not None and trained_on != base_name:
+        raise ArtifactError(
+            f"{folder}: trained on {trained_on}, the experiment says {base_name}; set `model.path` "
+            "to the former, or run the stage that wrote it again"
+        )
     modules = {}
     for key in sorted(k for k in tensors if k.endswith(".lora_A.weight")):
         name = key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")

@@ -249,14 +249,18 @@ def choose_dtype(setting: str, device: str | torch.device = "cpu") -> torch.dtyp
         x = torch.ones(128, 512, dtype=candidate)
         y = torch.ones(512, 512, dtype=candidate)
         x @ y
-        start = time.perf_counter()
-        for _ in range(3):
-            x @ y
-        seconds[candidate] = time.perf_counter() - start
+        # The shortest of several: whatever else the machine does can only lengthen one.
+        seconds[candidate] = min(_seconds_of(x, y) for _ in range(5))
     # bf16 costs accuracy: it must be clearly faster, not by a timer's whim.
     return (
         torch.bfloat16 if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else torch.float32
     )
+
+
+def _seconds_of(x: Tensor, y: Tensor) -> float:
+    start = time.perf_counter()
+    x @ y
+    return time.perf_counter() - start
 
 
 def with_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:

@@ -10,12 +10,16 @@ catalogue's titles form a trie (core/trie.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 Style = Literal["sequence", "instruct"]
+
+MAX_CACHED_TITLES = 200_000
+"""Titles whose tokens a renderer keeps; a service reads titles without end."""
 
 
 class PromptRenderer:
@@ -38,7 +42,7 @@ class PromptRenderer:
             reverse=True,
         )
         self._control_ids = set(tokenizer.added_tokens_encoder.values())
-        self._titles: dict[str, tuple[int, ...]] = {}
+        self._title = functools.lru_cache(MAX_CACHED_TITLES)(self._title_tokens)
         if style == "sequence":
             # The newline is what tells a title from a longer one that starts alike.
             self.terminator = self._encode("\n")
@@ -64,13 +68,7 @@ class PromptRenderer:
 
     def title(self, title: str) -> tuple[int, ...]:
         """Tokens of one title, its terminator included; never empty, never a control token."""
-        tokens = self._titles.get(title)
-        if tokens is None:
-            body = self._encode(self.neutralize(title))
-            if self._control_ids.intersection(body):
-                raise ValueError(f"the title {title!r} still holds a control token")
-            tokens = self._titles[title] = (*body, *self.terminator)
-        return tokens
+        return self._title(title)
 
     def header(self, domain: str) -> list[int]:
         """What a `sequence` text begins with."""
@@ -110,6 +108,12 @@ class PromptRenderer:
             lines.append(f"Candidates: {listed}")
         lines.append("Which title does the user choose next? Answer with the title alone.")
         return "\n".join(lines)
+
+    def _title_tokens(self, title: str) -> tuple[int, ...]:
+        body = self._encode(self.neutralize(title))
+        if self._control_ids.intersection(body):
+            raise ValueError(f"the title {title!r} still holds a control token")
+        return (*body, *self.terminator)
 
     def _encode(self, text: str) -> list[int]:
         return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]

@@ -126,14 +126,31 @@ def split(domain: CleanDomain, config: DataConfig, seed: int) -> SplitDomain:
             "cold_cases_filled_with_warm_negatives": num_filled,
         },
     )
-    if not (result.counts["valid_cases"] and result.counts["test_cases"]):
+    lacking = _lacking(result, is_ingredient)
+    if lacking is not None:
         raise DomainError(
-            f"domain `{domain.name}`: no user is left to validate and test on; lower "
-            f"`data.cold_item_fraction` or `data.num_negatives` "
-            f"({describe({**domain.counts, **result.counts})})"
+            f"domain `{domain.name}`: {lacking} ({describe({**domain.counts, **result.counts})})"
         )
     check_no_leak(domain, result)
     return result
+
+
+def _lacking(result: SplitDomain, is_ingredient: bool) -> str | None:
+    """What no user is left for, and the fix; None where every group has its cases."""
+    found = {
+        (case.purpose, result.groups[case.user]) for case in result.cases if case.split == "warm"
+    }
+    if not is_ingredient:
+        needed = {("valid", "scored"), ("test", "scored")}
+        return None if needed <= found else _NO_CASES.format("validate and test on")
+    if not {("valid", "scored"), ("test", "scored")} <= found:
+        return _NO_CASES.format("validate and test on") + " or `data.unlabeled_fraction`"
+    if ("valid", "unlabeled") not in found:
+        return "no unlabeled user is left to guide the merge; raise `data.unlabeled_fraction`"
+    return None
+
+
+_NO_CASES = "no user is left to {}; lower `data.cold_item_fraction` or `data.num_negatives`"
 
 
 def draw_candidates(

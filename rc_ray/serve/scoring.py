@@ -43,11 +43,11 @@ from rc_ray.serve.schemas import (
 
 @dataclass(frozen=True)
 class Calibration:
-    """Settings of the calibrated score; the defaults are the likelihood as it was trained."""
+    """Settings of the calibrated score."""
 
     alpha: float = 0.0
     gamma: float = 0.0
-    prior_in_trie: bool = True
+    prior_in_trie: bool = False
     measured: bool = False
     """Whether validation users chose them."""
 
@@ -91,18 +91,21 @@ def open_catalogue(experiment: Experiment, domain: str) -> DomainCatalogue:
 
 
 def open_calibration(experiment: Experiment, domain: str) -> Calibration:
-    """The weights that `evaluate` chose for the served system; the defaults where it has not run.
+    """The weights that `evaluate` chose for the served system.
+
+    Where it has not run, or had no validation users to choose by, the likelihood as it was trained.
 
     Raises:
         ArtifactError: the file is damaged.
     """
     path = RunFolder(experiment.run_dir).evaluate_dir / "calibration.json"
+    as_trained = Calibration(prior_in_trie=experiment.tune.learns_with_prior)
     if not path.exists():
-        return Calibration()
+        return as_trained
     try:
         chosen = read_json(path).get(domain, {}).get(experiment.serve.system)
-        if chosen is None:
-            return Calibration()
+        if chosen is None or chosen["valid_ndcg"] is None:
+            return as_trained
         return Calibration(
             float(chosen["alpha"]),
             float(chosen["gamma"]),
@@ -206,7 +209,7 @@ class RankService:
     def _load(self, experiment: Experiment, domain: str) -> ServedDomain:
         catalogue = open_catalogue(experiment, domain)
         folder = check_adapter_files(experiment, domain)
-        adapter = load_adapter(folder)
+        adapter = load_adapter(folder, experiment.model.path)
         check_adapter(adapter, folder)
         mix = AdapterMix([adapter])
         ranker = Ranker(

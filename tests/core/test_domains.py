@@ -349,3 +349,22 @@ def test_sample_is_seeded_and_keeps_the_order() -> None:
     assert len(chosen) == 50
     assert chosen == domains.sample(range(1000), 50, 1)
     assert chosen != domains.sample(range(1000), 50, 2)
+
+
+def ingredient_of(groups: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Split a domain of users who met 5 of 7 items each, grouped by hand."""
+    log = [(user, x, time) for user in groups for time, x in enumerate("abcde")]
+    settings = config(role="ingredient", cold_item_fraction=0.0)
+    domain = clean(raw(log, [(x, x) for x in "abcdefg"]), settings, seed=0)
+    found = tuple(groups[user] for user in domain.user_ids)
+    monkeypatch.setattr("rc_ray.core.splits._draw_groups", lambda *_: found)
+    return split(domain, settings, seed=0)
+
+
+def test_an_ingredient_domain_needs_cases_of_both_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"u": "scored", "v": "unlabeled"}
+    assert ingredient_of(both, monkeypatch).counts["valid_cases"] == 2
+    with pytest.raises(DomainError, match="domain `shop`: no unlabeled user is left"):
+        ingredient_of({"u": "scored", "v": "scored"}, monkeypatch)
+    with pytest.raises(DomainError, match=r"domain `shop`: no user is left to validate.*unlabel"):
+        ingredient_of({"u": "unlabeled", "v": "unlabeled"}, monkeypatch)

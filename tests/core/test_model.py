@@ -208,6 +208,28 @@ def test_missing_model_and_adapter_are_plain_errors(tmp_path: Path) -> None:
         load_adapter(tmp_path)
 
 
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    save_adapter(tmp_path, random_adapter(1), "tiny")
+    assert load_adapter(tmp_path, "tiny").modules
+    with pytest.raises(ArtifactError, match="trained on tiny, the experiment says large"):
+        load_adapter(tmp_path, "large")
+
+
+def test_one_stalled_product_does_not_decide_the_precision(monkeypatch) -> None:
+    """The first fp32 product takes 100 s, all others 1 s: bf16 is not the faster."""
+    ends = iter([100.0, *[1.0] * 99])
+    now = [0.0, False]
+
+    def clock() -> float:
+        if now[1]:
+            now[0] += next(ends)
+        now[1] = not now[1]
+        return now[0]
+
+    monkeypatch.setattr("rc_ray.core.model.time.perf_counter", clock)
+    assert choose_dtype("auto") is torch.float32
+
+
 def test_auto_takes_a_precision_that_works() -> None:
     assert choose_dtype("float32") is torch.float32
     assert choose_dtype("auto") in (torch.float32, torch.bfloat16)

@@ -66,3 +66,13 @@ def test_instruct_prompt_lists_candidates_and_ends_at_the_answer(
     assert "Candidates: Brazil || Cube" in text
     assert text.endswith("<|im_start|>assistant\n")
     assert renderer.terminator == [tokenizer.eos_token_id]
+
+
+def test_the_cache_of_titles_is_bounded(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rc_ray.core.prompts.MAX_CACHED_TITLES", 2)
+    renderer = PromptRenderer(tokenizer)
+    first = [renderer.title(title) for title in ("A", "B", "C", "A")]
+    assert first[0] == first[3]
+    assert renderer._title.cache_info().currsize == 2

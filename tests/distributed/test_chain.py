@@ -24,8 +24,8 @@ from tests.core.test_model import random_adapter
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("ray_local")]
 
 
-def put_adapter(folder: Path, seed: int, stage: str) -> None:
-    save_adapter(folder, random_adapter(seed), "tiny")
+def put_adapter(folder: Path, seed: int, stage: str, base_name: str) -> None:
+    save_adapter(folder, random_adapter(seed), base_name)
     artifacts.write_manifest(folder, stage=stage, config={}, seed=seed, inputs={}, metrics={})
 
 
@@ -33,8 +33,8 @@ def put_adapter(folder: Path, seed: int, stage: str) -> None:
 def experiment(make_run: Factory, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     made = make_run("merge.num_epochs=2", "evaluate.num_test_users=20")
     folder = RunFolder(made.run_dir)
-    put_adapter(folder.spirit_dir, 1, "train")
-    put_adapter(folder.ingredient_dir("tools"), 2, "tune")
+    put_adapter(folder.spirit_dir, 1, "train", made.model.path)
+    put_adapter(folder.ingredient_dir("tools"), 2, "tune", made.model.path)
     return made
 
 
@@ -107,11 +107,14 @@ def test_a_new_ingredient_makes_its_own_scores_stale_only(
 ) -> None:
     folder = RunFolder(experiment.run_dir)
     old = {path.parent.name for path in (folder.root / "evaluate.work").rglob("*.npy")}
-    put_adapter(folder.ingredient_dir("tools"), 5, "tune")
+    put_adapter(folder.ingredient_dir("tools"), 5, "tune", experiment.model.path)
     merge.run(experiment, console=screen.console)
     evaluate.run(experiment, console=screen.console)
-    new = {path.parent.name for path in (folder.root / "evaluate.work").rglob("*.npy")} - old
-    assert len(new) == 3  # ingredient, uniform, cocktail; not base, not spirit
+    now = {path.parent.name for path in (folder.root / "evaluate.work").rglob("*.npy")}
+    assert len(now - old) == 3  # ingredient, uniform, cocktail; not base, not spirit
+    assert len(now) == len(old) == 5  # what no system uses any more is gone
+    metrics = artifacts.read_json(folder.evaluate_dir / "manifest.json")["metrics"]
+    assert {"last_run_seconds", "last_run_num_scores"} <= metrics.keys()
 
 
 def test_a_truncated_adapter_is_named_and_nothing_is_lost(

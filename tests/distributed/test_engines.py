@@ -109,7 +109,7 @@ def test_deepspeed_trains_as_torch_does(make_run, deepspeed: DeepSpeedConfig) ->
     assert got == pytest.approx(expected, abs=5e-5)
     adapter = sharded.adapter()
     check_trained(adapter, Path())
-    assert_same(plain.adapter(), adapter, tolerance=1e-5)
+    assert_same(plain.adapter(), adapter, tolerance=5e-5)
 
 
 @pytest.mark.parametrize("deepspeed", [None, *ENGINES[1:4:2]], ids=["torch", *IDS[1:4:2]])

@@ -130,17 +130,15 @@ def test_a_trial_larger_than_the_cluster_is_refused(ray_local, make_run, screen)
         run(make_run(*SETTINGS, "tune.cpus_per_trial=5"), screen)
 
 
-def test_validation_takes_the_empty_history_out() -> None:
-    """Two users, three titles; by hand: ranks 1 and 3 of the lifted scores."""
+def test_validation_ranks_by_the_likelihood_as_trained() -> None:
+    """Two users, three titles; by hand: the clicks are on ranks 1 and 3."""
 
     class Fixed:
         def log_likelihoods(
-            self, histories: list[list[str]], candidates: list[list[int]]
+            self, histories: list[list[str]], candidates: list[list[int]], *, with_prior: bool
         ) -> list[torch.Tensor]:
-            if histories == [[]]:
-                empty = {0: -1.0, 1: -2.0, 2: -3.0}
-                return [torch.tensor([empty[item] for item in candidates[0]])]
-            return [torch.tensor([-1.5, -1.0, -3.0]), torch.tensor([-1.0, -1.0, -1.0])]
+            assert with_prior
+            return [torch.tensor([-1.5, -1.0, -3.0]), torch.tensor([-2.0, -1.0, -1.5])]
 
     domain = Domain(
         name="films",
@@ -151,13 +149,17 @@ def test_validation_takes_the_empty_history_out() -> None:
         train=((0, 1),),
         cases_by_kind={
             ("valid", "warm", "scored"): [
-                # Lifted: -0.5, 1.0, 0.0 -> title 1 is first.
                 RankingCase("u", (0,), target=1, candidates=(0, 1, 2)),
-                # Lifted: 0.0, 1.0, 2.0 -> title 0 is third.
                 RankingCase("v", (1,), target=0, candidates=(0, 1, 2)),
             ]
         },
     )
-    quality, num_users = validate(Fixed(), domain, num_users=5, seed=0)  # type: ignore[arg-type]
+    quality, num_users = validate(
+        Fixed(),  # type: ignore[arg-type]
+        domain,
+        num_users=5,
+        seed=0,
+        with_prior=True,
+    )
     assert num_users == 2
     assert quality == pytest.approx((1.0 + 1.0 / math.log2(4.0)) / 2)

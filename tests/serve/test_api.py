@@ -26,7 +26,9 @@ async def rank(query: Query) -> RankResponse:
 
 
 def make_client(keys: str = "", host: str = "127.0.0.1") -> TestClient:
-    info = CATALOGUE.describe(system="cocktail", alpha=1.0, gamma=0.5, calibrated=False)
+    info = CATALOGUE.describe(
+        system="cocktail", alpha=1.0, gamma=0.5, prior_in_trie=True, calibrated=False
+    )
     app = make_api(
         catalogues={"films": CATALOGUE},
         infos=[info],

@@ -165,13 +165,22 @@ def test_calibration_is_read_for_the_served_system_only(
     experiment: Experiment, tmp_path: Path
 ) -> None:
     assert open_calibration(experiment, "tools").alpha == 0.5
+    assert open_calibration(experiment, "tools").measured
     assert not open_calibration(experiment, "rivers").measured
+    assert open_calibration(experiment, "rivers").prior_in_trie
+    plain = experiment.model_copy(
+        update={"tune": experiment.tune.model_copy(update={"prior_in_loss": False})}
+    )
+    assert not open_calibration(plain, "rivers").prior_in_trie
     uniform = experiment.model_copy(
         update={"serve": experiment.serve.model_copy(update={"system": "uniform"})}
     )
-    assert open_calibration(uniform, "tools").gamma == 0.5
+    assert not open_calibration(uniform, "tools").measured
     broken = copied(experiment, tmp_path)
     path = RunFolder(broken.run_dir).evaluate_dir / "calibration.json"
+    unmeasured = {"alpha": 0.0, "gamma": 0.0, "prior_in_trie": True, "valid_ndcg": None}
+    path.write_text(json.dumps({"tools": {"cocktail": unmeasured}}))
+    assert not open_calibration(broken, "tools").measured
     path.write_text(json.dumps({"tools": {"cocktail": {"alpha": "high"}}}))
     with pytest.raises(ArtifactError, match="calibration.json: damaged"):
         open_calibration(broken, "tools")
@@ -192,3 +201,10 @@ def test_only_the_adapter_that_the_run_wrote_is_served(
     (folder / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="run `rc-ray merge` first"):
         check_adapter_files(broken, "tools")
+
+
+def test_adapters_of_another_base_are_not_served(experiment: Experiment, lm: LanguageModel) -> None:
+    model = experiment.model.model_copy(update={"path": "owner/larger"})
+    other = experiment.model_copy(update={"model": model})
+    with pytest.raises(ArtifactError, match="trained on .*, the experiment says owner/larger"):
+        RankService(other, lm)

@@ -1,0 +1,102 @@
+"""What each stage's result is known by: the settings that shape it and the folders it reads.
+
+The stages seal their folders with these, and the verb `show` compares with these, so what it says
+is what a stage will do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rc_ray import __version__, artifacts
+from rc_ray.artifacts import RunFolder
+from rc_ray.config import Experiment
+from rc_ray.curves import shaping_config
+
+_EXECUTION: dict[str, set[str]] = {
+    "train": {"num_workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size"},
+    "tune": {"max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "micro_batch_size"},
+    "merge": {"cpus_per_task", "gpus_per_task", "micro_batch_size"},
+    "evaluate": {"num_actors", "cpus_per_actor", "gpus_per_actor", "tokens_per_batch"},
+}
+"""Fields that say how a stage runs, not what comes out."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Of one stage folder."""
+
+    config: dict[str, Any]
+    reads: tuple[str, ...]
+    """Stage folders, relative to the run folder."""
+
+    def inputs(self, run: RunFolder) -> dict[str, str]:
+        """Name -> digest of everything that is read.
+
+        Raises:
+            ArtifactError: a stage before this one has not finished.
+        """
+        return {name: artifacts.manifest_digest(run.root / name) for name in self.reads}
+
+
+def spirit(experiment: Experiment) -> Recipe:
+    return Recipe(
+        shaping_config(experiment.train, experiment),
+        tuple(f"data/{name}" for name in experiment.data.spirit),
+    )
+
+
+def ingredient(experiment: Experiment, domain: str) -> Recipe:
+    trials = [
+        validated(shaping_config(setting, experiment), experiment)
+        for setting in experiment.tune.settings()
+    ]
+    return Recipe({"trials": trials}, (f"data/{domain}",))
+
+
+def validated(shaping: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """Settings of one trial: of its training, and of the validation that ranks it."""
+    return {
+        **shaping,
+        "num_valid_users": experiment.tune.num_valid_users,
+        "valid_max_titles": experiment.evaluate.max_titles,
+    }
+
+
+def cocktail(experiment: Experiment, domain: str) -> Recipe:
+    return Recipe(
+        {
+            "merge": experiment.merge.model_dump(mode="json", exclude=_EXECUTION["merge"]),
+            "style": experiment.tune.style,
+            "with_prior": experiment.tune.learns_with_prior,
+            "model": experiment.model.model_dump(mode="json"),
+        },
+        ("spirit", f"ingredients/{domain}", f"data/{domain}"),
+    )
+
+
+def evaluation(experiment: Experiment) -> Recipe:
+    systems = set(experiment.evaluate.systems)
+    reads = ["spirit"] if "spirit" in systems else []
+    for domain in experiment.data.ingredients:
+        reads.append(f"data/{domain}")
+        if "ingredient" in systems:
+            reads.append(f"ingredients/{domain}")
+        if systems & {"uniform", "cocktail"}:
+            reads.append(f"cocktails/{domain}")
+    return Recipe(
+        {
+            "evaluate": experiment.evaluate.model_dump(mode="json", exclude=_EXECUTION["evaluate"]),
+            "style": experiment.tune.style,
+            # What the scores are ranked by where no validation user chooses.
+            "with_prior": experiment.tune.learns_with_prior,
+            "model": experiment.model.model_dump(mode="json"),
+        },
+        tuple(reads),
+    )
+
+
+def report(experiment: Experiment) -> Recipe:
+    settings = experiment.model_dump(mode="json", exclude={"serve": True, **_EXECUTION})
+    return Recipe({**settings, "version": __version__}, ("evaluate",))

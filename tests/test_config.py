@@ -1,0 +1,62 @@
+"""What an experiment file may not say, and which model's folder it means."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rc_ray.config import load
+from rc_ray.errors import ConfigError
+from tests.tiny import make_experiment, make_model
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_experiment(tmp_path_factory.mktemp("config"))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("tune.search={style: [instruct]}", "`search` names `style`"),
+        ("tune.search={loss: [trie]}", "`search` names `loss`"),
+        ("tune.search={prior_in_loss: [true]}", "`search` names `prior_in_loss`"),
+        ("tune.search={learning_rate: []}", "no value for learning_rate"),
+        ("tune.search={learning_rate: [0.1, 0.2, 0.1]}", "same point twice"),
+        ("train.style=instruct", "mixed and scored in one form"),
+        ("tune.prior_in_loss=false", "mixed and scored in one form"),
+        ("data.unlabeled_fraction=0", "greater than 0"),
+        ("data.unlabeled_fraction=1", "less than 1"),
+    ],
+)
+def test_what_cannot_work_is_refused(path: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(path, (override,))
+    assert words in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_train_and_tune_may_say_the_same_form_in_two_ways(path: Path) -> None:
+    both = ("train.loss=vocabulary", "tune.loss=vocabulary", "tune.prior_in_loss=false")
+    assert not load(path, both).tune.learns_with_prior
+
+
+def test_a_models_folder_is_found_and_absolute(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    beside = path.parent / "model"
+    assert load(path, ("model.path=model",)).model.path == str(beside.resolve())
+    here = make_model(tmp_path / "model")  # the working folder's goes first
+    assert load(path, ("model.path=model",)).model.path == str(here.resolve())
+    monkeypatch.setenv("HOME", os.fspath(tmp_path))
+    assert load(path, ("model.path=~/model",)).model.path == str(here.resolve())
+
+
+def test_a_name_stays_a_name(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "smollm2-135m-instruct").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2-135m-instruct", "owner/name"):
+        assert load(path, (f"model.path={name}",)).model.path == name

@@ -1,0 +1,116 @@
+"""A trial and the choice among trials, in this process: no Ray is needed to show them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rc_ray import artifacts, mixing, tune
+from rc_ray import trial as trials
+from rc_ray.artifacts import RunFolder
+from rc_ray.config import Experiment
+from rc_ray.core.adapters import load_adapter, save_adapter
+from rc_ray.engines import Learner
+from rc_ray.merge import make_order
+from tests.conftest import Factory, Screen
+from tests.core.test_model import random_adapter
+
+SETTINGS = ("tune.num_steps=2", "tune.num_valid_users=3", "tune.checkpoint_every=1")
+
+
+def plan(experiment: Experiment) -> list[tune.Trial]:
+    folder = RunFolder(experiment.run_dir)
+    return tune.plan_trials(experiment, folder, "tools", experiment.run_dir / "work")
+
+
+def train(experiment: Experiment, trial: tune.Trial) -> dict[str, Any]:
+    folder = RunFolder(experiment.run_dir)
+    order = tune.trial_config(experiment, folder, trial, Path(experiment.model.path))
+    return trials.train_ingredient(order)
+
+
+def with_tune(experiment: Experiment, **fields: Any) -> Experiment:
+    return experiment.model_copy(
+        update={"tune": type(experiment.tune).model_validate(dict(experiment.tune) | fields)}
+    )
+
+
+def test_another_validation_trains_nothing(
+    make_run: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = make_run(*SETTINGS)
+    (trial,) = plan(experiment)
+    assert train(experiment, trial)["num_valid_users"] == 3
+    assert trial.is_finished
+    assert not trials._base(Path(experiment.model.path), "float32", "cpu").model.training
+
+    more = with_tune(experiment, num_valid_users=5)
+    (again,) = plan(more)
+    assert again.folder == trial.folder
+    assert not again.is_finished
+    before = (trial.folder / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "build_learner", None)  # would be called to train
+        assert train(more, again)["num_valid_users"] == 5
+    assert again.is_finished
+    after = (trial.folder / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert before == after
+    assert plan(with_tune(experiment, learning_rate=0.5))[0].folder != trial.folder
+
+
+def test_the_checkpoint_outlives_a_kill_before_the_manifest(
+    make_run: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = make_run(*SETTINGS)
+    (trial,) = plan(experiment)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(experiment, trial)
+
+    def untrained(self: Any) -> Any:
+        assert self.start_step == 2
+        return iter(())
+
+    monkeypatch.setattr(Learner, "steps", untrained)
+    assert train(experiment, trial)["num_steps"] == 2
+    assert trial.is_finished
+    outputs = artifacts.read_json(trial.folder / artifacts.MANIFEST)["outputs"]
+    assert all((trial.folder / name).exists() for name in outputs)
+    assert not [path for path in trial.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_failed_trials_are_told_and_counted(
+    make_run: Factory, screen: Screen, tmp_path: Path
+) -> None:
+    experiment = make_run(*SETTINGS, "tune.search={learning_rate: [0.01, 9.0]}")
+    good, bad = plan(experiment)
+    train(experiment, good)
+    problems = {bad.folder: "the loss is nan"}
+    tune._choose(tmp_path / "tools", [good, bad], problems, 3, screen.console)
+    assert "tools: the trial learning_rate=9.0 failed: the loss is nan" in screen.text
+    manifest = artifacts.read_json(tmp_path / "tools" / artifacts.MANIFEST)
+    assert manifest["metrics"]["num_failed"] == 1
+
+
+def test_a_mix_takes_this_nodes_model_and_refuses_another_base(
+    make_run: Factory, tmp_path: Path
+) -> None:
+    experiment = make_run()
+    run = RunFolder(experiment.run_dir)
+    for seed, folder in enumerate((run.spirit_dir, run.ingredient_dir("tools"))):
+        save_adapter(folder, random_adapter(seed), experiment.model.path)
+        artifacts.write_manifest(folder, stage="x", config={}, seed=3, inputs={}, metrics={})
+    order = {**make_order(experiment, run, "tools"), "model_dir": str(tmp_path / "of_the_driver")}
+    assert "error" not in mixing.mix_domain(order)
+    load_adapter(run.cocktail_dir("tools"), experiment.model.path)
+    shutil.rmtree(run.spirit_dir)
+    save_adapter(run.spirit_dir, random_adapter(0), "another")
+    assert "trained on another" in mixing.mix_domain(order)["error"]
