@@ -155,8 +155,9 @@ class LoraConfig(Section):
 class TrainingConfig(Section):
     """One LoRA training run; shared by the base spirit and the ingredients."""
 
-    style: Literal["sequence", "instruct"] = "sequence"
-    """`sequence`: every title of a history is a target. `instruct`: the paper's prompts."""
+    style: Literal["sequence", "brief", "instruct"] = "sequence"
+    """`sequence`: every title of a history is a target. `brief`: the same, titles cut after the
+    token that tells them apart. `instruct`: the paper's prompts."""
     loss: Literal["trie", "vocabulary"] = "trie"
     """`trie` normalises over the children of branching trie nodes; `vocabulary` over all tokens."""
     prior_in_loss: bool = True
@@ -191,6 +192,12 @@ class TrainingConfig(Section):
                 f"divisible by `micro_batch_size` {size}"
             )
         return 1 if size is None else share // size
+
+    @model_validator(mode="after")
+    def _brief_needs_the_trie(self) -> TrainingConfig:
+        if self.style == "brief" and self.loss != "trie":
+            raise ValueError("`style: brief` cuts titles, so it needs `loss: trie`")
+        return self
 
     @property
     def learns_with_prior(self) -> bool:

@@ -106,6 +106,10 @@ class Ranker:
         tokens = [renderer.title(title) for title in titles]
         self.trie = CatalogueTrie(tokens, num_train)
         self._item_of_title = {title: item for item, title in enumerate(tokens)}
+        self._shown = {
+            title: renderer.shown(title, self.trie.telling_depth(item))
+            for item, title in enumerate(tokens)
+        }
         self._rows = lm.output_rows(self.trie.vocabulary_ids)  # (V, H)
 
     def prepare(
@@ -176,7 +180,7 @@ class Ranker:
         if len(items) < len(self.titles):  # a listed title can come, whatever the history says
             listed_leaves = {self.trie.leaf_of_item[item] for item in items}
             chosen = [i for i in chosen if self.trie.leaf_of_item[i] not in listed_leaves]
-        prompt = self.renderer.prompt(self.domain, recent, listed)
+        prompt = self.renderer.prompt(self.domain, recent, listed, shown=self._shown)
         # Neighbours by leaf share ancestors, so sorted chunks hold fewer nodes.
         order = sorted(range(len(items)), key=lambda place: self.trie.paths[items[place]].nodes)
         chunks: list[list[int]] = [[]]

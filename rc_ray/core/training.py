@@ -88,6 +88,14 @@ class TrainingPlan:
             domain.name: CatalogueTrie(self.title_tokens[domain.name], domain.num_train)
             for domain in domains
         }
+        self.shown = {
+            name: [
+                renderer.shown(title, self.tries[name].telling_depth(item))
+                for item, title in enumerate(titles)
+            ]
+            for name, titles in self.title_tokens.items()
+        }
+        """By domain, the tokens of each title as a history shows it."""
         self._histories = [
             (domain.name, history)
             for domain in domains
@@ -110,7 +118,7 @@ class TrainingPlan:
             epoch, place = divmod(step * size + slot, len(self._histories))
             name, history = self._histories[int(self._permutation(epoch)[place])]
             rng = np.random.default_rng((self.seed, 1, step, slot))
-            make = self._sequence if self.config.style == "sequence" else self._instruct
+            make = self._instruct if self.config.style == "instruct" else self._sequence
             found.append(make(name, history, rng))
         return found
 
@@ -152,14 +160,14 @@ class TrainingPlan:
         end = start + limit
         header = self.renderer.header(name)
         budget = self.config.max_tokens - len(header)
-        sizes = [len(self.title_tokens[name][item]) for item in history[start:end]]
+        sizes = [len(self.shown[name][item]) for item in history[start:end]]
         while sum(sizes) > budget and sizes:  # the oldest titles go first
             start += 1
             sizes.pop(0)
         tokens, titles = list(header), []
         for item in history[start:end]:
             titles.append((item, len(tokens)))
-            tokens.extend(self.title_tokens[name][item])
+            tokens.extend(self.shown[name][item])
         return Example(name, tuple(tokens), tuple(titles), earlier=tuple(history[:start]))
 
     def _instruct(self, name: str, history: Sequence[int], rng: np.random.Generator) -> Example:

@@ -164,6 +164,11 @@ class CatalogueTrie:
     def num_items(self) -> int:
         return len(self.paths)
 
+    def telling_depth(self, item: int) -> int:
+        """How many first tokens of a title no other title shares; 0 where nothing branches."""
+        decisions = self.paths[item].decisions
+        return decisions[-1][0] + 1 if decisions else 0
+
     def layout(self, candidates: Sequence[int]) -> TreeLayout:
         """Pack what must be read to score these items, each trie node once."""
         key = tuple(candidates)

@@ -132,6 +132,24 @@ def test_instruct_prompts_are_scored_by_the_same_path(lm: LanguageModel) -> None
     assert torch.isfinite(scores).all()
 
 
+def test_brief_shows_titles_up_to_what_tells_them_apart(lm: LanguageModel) -> None:
+    renderer = PromptRenderer(lm.tokenizer, "brief")
+    ranker = Ranker(lm, "tools", TITLES, NUM_TRAIN, renderer)
+    history = ["Old Piano", "Red Lamp", "Unheard of"]
+    # "Red Lamp" begins "Red Lamp 2", so its end is what tells it apart; the last is no item.
+    prompt = renderer.header("tools") + lm.tokenizer.encode("Old P\nRed Lamp\nUnheard of\n")
+    with torch.no_grad():
+        found = ranker.log_likelihoods([history], [[0, 7, 20]])[0]
+        for place, item in enumerate((0, 7, 20)):
+            tokens = renderer.title(TITLES[item])
+            logits = lm.model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0]
+            first = sorted({renderer.title(title)[0] for title in TITLES})
+            root = torch.log_softmax(logits[len(prompt) - 1][first], dim=-1)
+            assert found[place] < root[first.index(tokens[0])] + 1e-4
+        whole = ranker.prepare([history], [[0, 7, 20]]).batches[0]
+    assert whole.rows[0].prompt == prompt
+
+
 def test_calibrated_worked_by_hand() -> None:
     scores = calibrated(
         np.array([-1.0, -2.0]), np.array([-0.5, -3.0]), np.array([-4.0, -2.0]), alpha=1, gamma=0.5

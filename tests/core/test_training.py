@@ -123,7 +123,20 @@ def test_packing_changes_nothing(lm: LanguageModel) -> None:
     assert total(packed) == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize("style", ["sequence", "instruct"])
+def test_brief_examples_hold_cut_titles(lm: LanguageModel) -> None:
+    plan = make_plan(lm, style="brief")
+    shown = {"Red Lamp": "Red L", "Old Piano": "Old Pi", "Tin": "Tin", "Tiny Window": "Tiny"}
+    for title, text in shown.items():
+        tokens = plan.shown["tools"][TITLES.index(title)]
+        assert lm.tokenizer.decode(tokens) == text + "\n"
+    model = with_lora(lm.model, plan.config.lora, seed=0)
+    (batch,) = plan.batches(0)
+    assert torch.isfinite(TrainingModule(model, plan.tries, plan.config)(batch))
+    last = [example.tokens[-1] for example in plan.examples(0)]
+    assert set(last) == set(plan.renderer.terminator)
+
+
+@pytest.mark.parametrize("style", ["sequence", "brief", "instruct"])
 def test_workers_share_the_global_batch(lm: LanguageModel, style: str) -> None:
     plan = make_plan(lm, style=style)
     model = TrainingModule(
