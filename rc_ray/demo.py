@@ -99,7 +99,7 @@ def last_screen(experiment: Experiment, path: Path) -> None:
     for sentence in in_short(results, experiment.data.ingredients):
         console.print(f"- {escape(sentence)}", soft_wrap=True)
     program = Path(sys.argv[0]).name
-    if Path(sys.argv[0]).parent == Path(sys.executable).parent:
+    if Path(sys.argv[0]).absolute().parent == Path(sys.executable).absolute().parent:
         program = os.path.relpath(sys.argv[0])
     domain = read_domain(run.domain_dir(experiment.data.ingredients[0]))
     popular = [domain.titles[item] for item in np.argsort(-domain.num_train)[:2]]
