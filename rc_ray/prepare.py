@@ -94,7 +94,7 @@ def _prepare_source(
         target = folder.domain_dir(name)
         fingerprint = artifacts.fingerprint(config=config, seed=seed, inputs=inputs)
         if not force and artifacts.is_finished(target, fingerprint):
-            console.note(f"{name:16} stands already")
+            console.note(f"{name:18} stands already")
             continue
         start = time.monotonic()
         if raw is None:
@@ -114,7 +114,7 @@ def summary(name: str, metrics: Mapping[str, Any], seconds: float) -> str:
     """One line of the table of prepared domains."""
     dropped = metrics["raw_interactions"] - metrics["interactions"]
     return (
-        f"{name:16} {metrics['users']:7,} users {metrics['items']:7,} items "
+        f"{name:18} {metrics['users']:7,} users {metrics['items']:7,} items "
         f"{metrics['interactions']:9,} interactions ({dropped:,} dropped), "
         f"{metrics['cold_items']:,} cold items; cases: {metrics['valid_cases']:,} valid, "
         f"{metrics['test_cases']:,} test, {metrics['cold_test_cases']:,} cold; {seconds:.1f} s"
