@@ -9,11 +9,12 @@ from typing import Any
 
 from rc_ray import artifacts, assets
 from rc_ray.artifacts import RunFolder
-from rc_ray.config import DataConfig, Experiment, MovieLensSource, Source
+from rc_ray.config import Experiment
 from rc_ray.core import sources
 from rc_ray.core.cleaning import DomainError
 from rc_ray.core.domains import prepare_domain
 from rc_ray.core.sources import RawDomain, SourceError
+from rc_ray.data_config import DataConfig, MovieLensSource, Source
 from rc_ray.errors import UserError
 from rc_ray.progress import Progress
 

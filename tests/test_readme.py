@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from rc_ray.artifacts import RunFolder
 from rc_ray.cli import app
-from rc_ray.config import ColumnMap, CsvSource, Experiment, ServeConfig, load
+from rc_ray.config import Experiment, ServeConfig, load
+from rc_ray.data_config import ColumnMap, CsvSource
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rc_ray.config import DataConfig
 from rc_ray.core.sources import RawDomain
+from rc_ray.data_config import DataConfig
 from rc_ray.errors import UserError
 
 # Control characters, soft hyphens, zero-width spaces, bidirectional marks and overrides, byte order

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rc_ray import artifacts
-from rc_ray.config import DataConfig
 from rc_ray.core.baselines import log_popularity
 from rc_ray.core.cleaning import CleanDomain, clean
 from rc_ray.core.sources import RawDomain
 from rc_ray.core.splits import Group, Purpose, SplitDomain, Temperature, split
+from rc_ray.data_config import DataConfig
 from rc_ray.errors import ArtifactError
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
-from rc_ray.config import CsvSource, MovieLensSource, ParquetSource, Source
+from rc_ray.data_config import CsvSource, MovieLensSource, ParquetSource, Source
 from rc_ray.errors import UserError
 
 INTERACTIONS = pa.schema(

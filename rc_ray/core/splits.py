@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from rc_ray.config import DataConfig
 from rc_ray.core.cleaning import CleanDomain, DomainError, describe, keyed_hashes
+from rc_ray.data_config import DataConfig
 from rc_ray.errors import UserError
 
 Purpose = Literal["valid", "test"]

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rc_ray.config import DataConfig
 from rc_ray.core import domains
 from rc_ray.core.cleaning import DomainError, clean, clean_title
 from rc_ray.core.sources import INTERACTIONS, ITEMS, RawDomain
 from rc_ray.core.splits import LeakError, SplitDomain, check_no_leak, draw_candidates, split
+from rc_ray.data_config import DataConfig
 from rc_ray.errors import ArtifactError
 
 Row = tuple[Any, ...]

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rc_ray.config import CsvSource, MovieLensSource, ParquetSource
 from rc_ray.core import sources
 from rc_ray.core.sources import SourceError
+from rc_ray.data_config import CsvSource, MovieLensSource, ParquetSource
 
 ITEMS = "item_id,title\na,Lamp\nb,River\n"
 LOG = "user_id,item_id,timestamp\nu,a,2\nu,b,1\n"

@@ -1,0 +1,114 @@
+"""The data section of an experiment: sources, roles of the domains, cleaning and splits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+DomainName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ColumnMap(Section):
+    """Which column of a CSV file holds what; a null column is absent from the file."""
+
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    timestamp: str | None = "timestamp"
+    """Unix seconds or any sortable number; without it the order of rows is the order of time."""
+    rating: str | None = None
+    title: str = "title"
+    category: str | None = None
+
+
+class ParquetSource(Section):
+    """A folder with `interactions.parquet` and `items.parquet` in the project's own form."""
+
+    format: Literal["parquet"]
+    domain: DomainName
+    path: Path
+
+
+class CsvSource(Section):
+    """Two CSV files with a column map."""
+
+    format: Literal["csv"]
+    domain: DomainName
+    interactions: Path
+    items: Path
+    columns: ColumnMap = ColumnMap()
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+
+
+class MovieLensSource(Section):
+    """MovieLens-100K, one domain or split into domains by genre."""
+
+    format: Literal["movielens-100k"]
+    path: Path | None = None
+    """Folder with `ml-100k.inter` and `ml-100k.item`; null takes the embedded copy."""
+    domain: DomainName | None = None
+    """Name of the single domain; null with `genre_domains`."""
+    genre_domains: dict[DomainName, tuple[str, ...]] | None = None
+    """Domain -> genres. A film goes to the first domain that names one of its genres."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> MovieLensSource:
+        if (self.domain is None) == (self.genre_domains is None):
+            raise ValueError("give either `domain` or `genre_domains`")
+        return self
+
+
+Source = Annotated[ParquetSource | CsvSource | MovieLensSource, Field(discriminator="format")]
+
+
+class DataConfig(Section):
+    sources: tuple[Source, ...] = Field(min_length=1)
+    spirit: tuple[DomainName, ...] = Field(min_length=1)
+    """Domains that feed the base spirit."""
+    ingredients: tuple[DomainName, ...] = Field(min_length=1)
+    """Domains that get an ingredient and a cocktail; the spirit does not see them."""
+    min_user_interactions: Annotated[int, Field(ge=3)] = 5
+    """Users with fewer interactions in a domain are dropped from it."""
+    max_users: PositiveInt | None = None
+    """Seeded sample of users per domain; null keeps all."""
+    max_title_characters: PositiveInt = 120
+    cold_item_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.15
+    """Share of an ingredient domain's items held out of all training for the cold split."""
+    num_negatives: PositiveInt = 19
+    unlabeled_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share of an ingredient domain's users whose prompts guide the merge, never scored."""
+
+    @model_validator(mode="after")
+    def _roles(self) -> DataConfig:
+        both = sorted(set(self.spirit) & set(self.ingredients))
+        if both:
+            raise ValueError(
+                f"{', '.join(both)} stands under both `spirit` and `ingredients`; "
+                "a domain has one role, or the spirit would see what it is tested on"
+            )
+        known: list[str] = []
+        for source in self.sources:
+            if isinstance(source, MovieLensSource) and source.genre_domains is not None:
+                known.extend(source.genre_domains)
+            elif source.domain is not None:
+                known.append(source.domain)
+        twice = sorted({name for name in known if known.count(name) > 1})
+        if twice:
+            raise ValueError(f"`sources` define the domain {', '.join(twice)} more than once")
+        unknown = sorted({*self.spirit, *self.ingredients} - set(known))
+        if unknown:
+            raise ValueError(
+                f"no source defines the domain {', '.join(unknown)}; defined: {', '.join(known)}"
+            )
+        return self
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Every domain in use, spirit first."""
+        return (*self.spirit, *self.ingredients)
