@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as hf_logging
 
 from rc_ray.config import LoraConfig
 from rc_ray.core.adapters import Adapter, first_line
@@ -223,6 +224,7 @@ def load_language_model(
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise ArtifactError(f"{folder}: no model here (config.json is missing)")
+    hf_logging.disable_progress_bar()  # the commands show progress of their own
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
