@@ -4,7 +4,7 @@
 title of a history in one pass. `instruct`: the paper's chat prompt (RecCocktail, arXiv 2502.08271):
 history and listed candidates in the user turn, the title as the assistant's answer. `brief` is
 `sequence` with every title of the history cut after the token that tells it apart from all other
-titles of its catalogue: half the tokens for film titles, a tenth for those of a web shop.
+titles of its catalogue; longer titles save more.
 
 Every title is tokenised by itself, so a title is always the same tokens wherever it stands, and a
 catalogue's titles form a trie (core/trie.py).
