@@ -1,4 +1,4 @@
-"""Histories -> tokens, in two styles; titles are untrusted and never become control tokens.
+"""Histories -> tokens, in three styles; titles are untrusted and never become control tokens.
 
 `sequence`: a header line, then the titles of the history, one a line. The same text trains every
 title of a history in one pass. `instruct`: the paper's chat prompt (RecCocktail, arXiv 2502.08271):
