@@ -21,7 +21,7 @@ from typing import Any
 from rc_ray.errors import ArtifactError
 
 MANIFEST = "manifest.json"
-METHOD = 2
+METHOD = 3
 """Raise when the same settings give another result, or a file another form."""
 
 

@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 DomainName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+ListName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Negatives = Literal["uniform", "popularity", "category"]
+
+MAIN_LIST = "main"
+"""Name of the list of candidates that `negatives` and `num_negatives` describe."""
+RESERVED_LISTS = (MAIN_LIST, "catalogue")
 
 
 class Section(BaseModel):
@@ -28,7 +34,10 @@ class ColumnMap(Section):
 
 
 class ParquetSource(Section):
-    """A folder with `interactions.parquet` and `items.parquet` in the project's own form."""
+    """A folder with `interactions.parquet` and `items.parquet` in the project's own form.
+
+    `interactions.parquet` may be a folder of part files; they are read in the order of their names.
+    """
 
     format: Literal["parquet"]
     domain: DomainName
@@ -67,22 +76,70 @@ class MovieLensSource(Section):
 Source = Annotated[ParquetSource | CsvSource | MovieLensSource, Field(discriminator="format")]
 
 
+class CandidateList(Section):
+    """How the negatives of one list of candidates are drawn."""
+
+    negatives: Negatives = "uniform"
+    """`uniform`; `popularity`: by (training interactions + 1) ** 0.75; `category`: out of the
+    categories of the user's history, uniform where these are used up."""
+    num_negatives: PositiveInt = 19
+
+
 class DataConfig(Section):
     sources: tuple[Source, ...] = Field(min_length=1)
-    spirit: tuple[DomainName, ...] = Field(min_length=1)
-    """Domains that feed the base spirit."""
+    spirit: tuple[DomainName, ...] = ()
+    """Domains that feed the base spirit; none where no compared system needs one."""
     ingredients: tuple[DomainName, ...] = Field(min_length=1)
     """Domains that get an ingredient and a cocktail; the spirit does not see them."""
     min_user_interactions: Annotated[int, Field(ge=3)] = 5
     """Users with fewer interactions in a domain are dropped from it."""
+    min_item_interactions: Annotated[int, Field(ge=0)] = 0
+    """Items with fewer users are dropped from the domain, its catalogue included; both minima are
+    applied again and again until they hold together. 0 keeps items that nobody met."""
     max_users: PositiveInt | None = None
     """Seeded sample of users per domain; null keeps all."""
     max_title_characters: PositiveInt = 120
+    split: Literal["leave-one-out", "time"] = "leave-one-out"
+    """`leave-one-out`: a user's last item is the test target, the one before it the validation
+    target. `time`: two moments cut the whole domain; nothing after the first one trains."""
+    valid_from: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
+    """Share of a domain's interactions before the validation period; `split: time` only."""
+    test_from: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
+    """Share of a domain's interactions before the test period; `split: time` only."""
     cold_item_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.15
     """Share of an ingredient domain's items held out of all training for the cold split."""
+    cold_user_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """Share of an ingredient domain's users held out of all training for a split of their own."""
+    few_shot_user_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """Share of an ingredient domain's users of whom training sees `num_few_shot` items."""
+    num_few_shot: PositiveInt = 3
+    negatives: Negatives = "uniform"
+    """How the negatives of the main list of candidates are drawn, see `more_candidates`."""
     num_negatives: PositiveInt = 19
+    more_candidates: dict[ListName, CandidateList] = Field(default_factory=dict)
+    """Further lists of candidates for the same cases, by name."""
     unlabeled_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of an ingredient domain's users whose prompts guide the merge, never scored."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> DataConfig:
+        if self.valid_from >= self.test_from:
+            raise ValueError(
+                f"`valid_from` ({self.valid_from}) must be less than `test_from` ({self.test_from})"
+            )
+        drawn = self.cold_user_fraction + self.few_shot_user_fraction + self.unlabeled_fraction
+        if drawn >= 1.0:
+            raise ValueError(
+                "`cold_user_fraction`, `few_shot_user_fraction` and `unlabeled_fraction` add up to "
+                f"{drawn:g}; no user is left to validate and test on"
+            )
+        reserved = sorted(set(self.more_candidates) & set(RESERVED_LISTS))
+        if reserved:
+            raise ValueError(
+                f"`more_candidates` names a list `{reserved[0]}`; the names "
+                f"{' and '.join(RESERVED_LISTS)} are taken"
+            )
+        return self
 
     @model_validator(mode="after")
     def _roles(self) -> DataConfig:
@@ -107,6 +164,12 @@ class DataConfig(Section):
                 f"no source defines the domain {', '.join(unknown)}; defined: {', '.join(known)}"
             )
         return self
+
+    @property
+    def candidate_lists(self) -> dict[str, CandidateList]:
+        """Every list of candidates by name, the main one first."""
+        main = CandidateList(negatives=self.negatives, num_negatives=self.num_negatives)
+        return {MAIN_LIST: main, **self.more_candidates}
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -1,9 +1,13 @@
-"""Stage 1: raw logs -> prepared domains in `runs/<name>/data`."""
+"""Stage 1: raw logs -> prepared domains in `runs/<name>/data`.
+
+Ingredient domains come first: what they hold out of all training, cold items and cold users, must
+not train a spirit either, so the spirit domains are told.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,11 @@ from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.core import sources
 from rc_ray.core.cleaning import DomainError
-from rc_ray.core.domains import prepare_domain
+from rc_ray.core.domain_files import HELD_OUT_FILE, read_held_out
+from rc_ray.core.leaks import LeakError
+from rc_ray.core.preparing import prepare_domain
 from rc_ray.core.sources import RawDomain, SourceError
+from rc_ray.core.splits import HeldOut
 from rc_ray.data_config import DataConfig, MovieLensSource, Source
 from rc_ray.errors import UserError
 from rc_ray.progress import Progress
@@ -26,10 +33,12 @@ class PrepareError(UserError):
 def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Path:
     """Prepare every domain in use; those that stand are kept, also when another one fails.
 
+    Spirit domains wait for the ingredient domains: while one of these fails they are not made.
+
     Args:
         experiment: the whole experiment.
         force: redo what stands.
-        console: hears one line per domain.
+        console: hears one line per domain, and what a slow one is doing.
 
     Returns:
         The folder with one folder per domain.
@@ -37,86 +46,160 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     Raises:
         SourceError: a raw file cannot be used.
         DomainError: too little is left of a domain.
+        LeakError: a split would leak.
         PrepareError: several of these.
     """
     data = experiment.data
     folder = RunFolder(experiment.run_dir)
     console.stage("prepare")
-    failures: list[UserError] = []
-    for source in data.sources:
-        wanted = [name for name in sources.domain_names(source) if name in data.domains]
-        if not wanted:
-            continue
-        try:
-            failures += _prepare_source(experiment, source, wanted, folder, force, console)
-        except SourceError as error:
-            failures.append(error)
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        raise PrepareError("\n".join(str(failure) for failure in failures))
+    opened = [_Opened(source) for source in data.sources]
+    failures: dict[int, list[UserError]] = {place: [] for place in range(len(opened))}
+    for roles in (data.ingredients, data.spirit):
+        waiting = roles is data.spirit and any(failures.values())
+        for place, source in enumerate(opened):
+            wanted = [name for name in sources.domain_names(source.source) if name in roles]
+            if not wanted or failures[place]:
+                continue
+            try:
+                source.find(console)
+                if not waiting:
+                    failures[place] += _prepare(experiment, source, wanted, folder, force, console)
+            except SourceError as error:
+                failures[place].append(error)
+    found = [failure for one in failures.values() for failure in one]
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise PrepareError("\n".join(str(failure) for failure in found))
     return folder.domain_dir(data.domains[0]).parent
 
 
 def fingerprint_config(data: DataConfig, source: Source, domain: str) -> dict[str, Any]:
-    """The settings that shape this prepared domain; where its files lie is none of them."""
+    """The settings that shape this prepared domain; where its files lie is none of them.
+
+    A spirit domain names the ingredient domains and their cold fractions where these hold anything
+    out; what they hold out in fact is among its inputs.
+    """
     is_ingredient = domain in data.ingredients
-    own = {"sources", "spirit", "ingredients"}
-    if not is_ingredient:
-        own |= {"cold_item_fraction", "unlabeled_fraction"}
-    return {
+    config = {
         "domain": domain,
         "role": "ingredient" if is_ingredient else "spirit",
         "source": source.model_dump(mode="json", exclude={"path", "interactions", "items"}),
-        **data.model_dump(mode="json", exclude=own),
+        **data.model_dump(mode="json", exclude={"sources", "spirit", "ingredients"}),
+    }
+    if not is_ingredient:
+        for field in ("unlabeled_fraction", "few_shot_user_fraction", "num_few_shot"):
+            del config[field]
+        config["held_out_by"] = list(data.ingredients)
+    return config
+
+
+def held_out_inputs(data: DataConfig, folder: RunFolder) -> dict[str, str]:
+    """Digests of what the ingredient domains hold out, by path in the run folder."""
+    paths = {name: folder.domain_dir(name) / HELD_OUT_FILE for name in data.ingredients}
+    return {
+        f"data/{name}/{HELD_OUT_FILE}": artifacts.sha256_file(path) for name, path in paths.items()
     }
 
 
-def _prepare_source(
+class _Opened:
+    """A source whose files are looked up, hashed and opened once, and only if need be."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._files: dict[str, Path] | None = None
+        self._movielens_dir: Path | None = None
+        self._inputs: dict[str, str] | None = None
+        self._raw: dict[str, RawDomain] | None = None
+
+    def find(self, console: Progress) -> None:
+        if isinstance(self.source, MovieLensSource) and self.source.path is None:
+            self._movielens_dir = assets.movielens_dir(console.note)
+        self._files = sources.files(self.source, self._movielens_dir)
+
+    def inputs(self) -> dict[str, str]:
+        assert self._files is not None
+        if self._inputs is None:
+            self._inputs = {name: artifacts.sha256_file(path) for name, path in self._files.items()}
+        return self._inputs
+
+    def raw(self, domain: str) -> RawDomain:
+        if self._raw is None:
+            self._raw = sources.read(self.source, self._movielens_dir)
+        return self._raw[domain]
+
+
+def _prepare(
     experiment: Experiment,
-    source: Source,
-    wanted: list[str],
+    source: _Opened,
+    wanted: Sequence[str],
     folder: RunFolder,
     force: bool,
     console: Progress,
 ) -> list[UserError]:
-    """Prepare the wanted domains of one source; returns the failures of single domains."""
-    data, seed = experiment.data, experiment.seed
-    movielens_dir = None
-    if isinstance(source, MovieLensSource) and source.path is None:
-        movielens_dir = assets.movielens_dir(console.note)
-    inputs = {
-        path.name: artifacts.sha256_file(path) for path in sources.files(source, movielens_dir)
-    }
-    raw: dict[str, RawDomain] | None = None
+    """Prepare domains of one source; returns the failures of single domains."""
+    data, seed = experiment.data, experiment.split_seed
     failures: list[UserError] = []
     for name in wanted:
-        config = fingerprint_config(data, source, name)
+        inputs = source.inputs()
+        held_out: HeldOut | None = None
+        if name in data.spirit:
+            inputs = {**inputs, **held_out_inputs(data, folder)}
+        config = fingerprint_config(data, source.source, name)
         target = folder.domain_dir(name)
         fingerprint = artifacts.fingerprint(config=config, seed=seed, inputs=inputs)
         if not force and artifacts.is_finished(target, fingerprint):
             console.note(f"{name:18} stands already")
             continue
+        if name in data.spirit:
+            held_out = read_held_out(folder.domain_dir(one) for one in data.ingredients)
         start = time.monotonic()
-        if raw is None:
-            raw = sources.read(source, movielens_dir)
         try:
             metrics = prepare_domain(
-                raw[name], target, data, seed, fingerprint_config=config, inputs=inputs
+                source.raw(name),
+                target,
+                data,
+                seed,
+                fingerprint_config=config,
+                inputs=inputs,
+                held_out=held_out,
+                say=_Patient(name, console),
             )
-        except DomainError as error:
+        except (DomainError, LeakError) as error:
             failures.append(error)
             continue
         console.note(summary(name, metrics, time.monotonic() - start))
     return failures
 
 
+class _Patient:
+    """Says what a domain is at, but only where that takes long."""
+
+    def __init__(self, domain: str, console: Progress, every_s: float = 5.0) -> None:
+        self._domain = domain
+        self._console = console
+        self._every_s = every_s
+        self._last = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._last >= self._every_s:
+            self._last = now
+            self._console.note(f"{self._domain:18} {text} ...")
+
+
 def summary(name: str, metrics: Mapping[str, Any], seconds: float) -> str:
     """One line of the table of prepared domains."""
+    further = {
+        "cold users": metrics["cold_user_test_cases"],
+        "few-shot": metrics["few_shot_test_cases"],
+    }
+    more = "".join(f", {num:,} {name}" for name, num in further.items() if num)
     dropped = metrics["raw_interactions"] - metrics["interactions"]
     return (
         f"{name:18} {metrics['users']:7,} users {metrics['items']:7,} items "
         f"{metrics['interactions']:9,} interactions ({dropped:,} dropped), "
         f"{metrics['cold_items']:,} cold items; cases: {metrics['valid_cases']:,} valid, "
-        f"{metrics['test_cases']:,} test, {metrics['cold_test_cases']:,} cold; {seconds:.1f} s"
+        f"{metrics['test_cases']:,} test, {metrics['cold_test_cases']:,} cold{more}; "
+        f"{seconds:.1f} s"
     )

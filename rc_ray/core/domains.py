@@ -1,55 +1,45 @@
-"""Prepared domains on disk and in memory: the form in which every stage meets the data."""
+"""Prepared domains in memory: the form in which every stage meets the data.
+
+core/preparing.py writes what is read here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rc_ray import artifacts
 from rc_ray.core.baselines import log_popularity
-from rc_ray.core.cleaning import CleanDomain, clean
-from rc_ray.core.sources import RawDomain
-from rc_ray.core.splits import Group, Purpose, SplitDomain, Temperature, split
-from rc_ray.data_config import DataConfig
+from rc_ray.core.domain_files import FILES
+from rc_ray.core.histories import Histories, Indices
+from rc_ray.core.preparing import prepare_domain
+from rc_ray.core.splits import PURPOSES, TEMPERATURES, Group, Purpose, Temperature
+from rc_ray.data_config import MAIN_LIST
 from rc_ray.errors import ArtifactError
 
-T = TypeVar("T")
+__all__ = [
+    "Domain",
+    "Group",
+    "Histories",
+    "Purpose",
+    "RankingCase",
+    "Temperature",
+    "prepare_domain",
+    "read_domain",
+    "sample",
+]
 
-_INDICES = pa.list_(pa.int32())
-_ITEMS = pa.schema(
-    [
-        ("item_id", pa.string()),
-        ("title", pa.string()),
-        ("category", pa.string()),
-        ("num_train", pa.int64()),
-        ("cold", pa.bool_()),
-    ]
-)
-_TRAIN = pa.schema([("user_id", pa.string()), ("history", _INDICES), ("group", pa.string())])
-_CASES = pa.schema(
-    [
-        ("user_id", pa.string()),
-        ("history", _INDICES),
-        ("target", pa.int32()),
-        ("split", pa.string()),
-        ("group", pa.string()),
-    ]
-)
-_CANDIDATES = pa.schema(
-    [
-        ("user_id", pa.string()),
-        ("purpose", pa.string()),
-        ("split", pa.string()),
-        ("candidates", _INDICES),
-    ]
-)
+T = TypeVar("T")
+Kind = tuple[Purpose, Temperature, Group]
+GROUPS: tuple[Group, ...] = ("scored", "unlabeled")
 
 
 @dataclass(frozen=True)
@@ -62,6 +52,56 @@ class RankingCase:
     target: int
     candidates: tuple[int, ...]
     """The target among frozen negatives, in an order that does not depend on it."""
+    more_candidates: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    """Further lists by name, made alike."""
+
+
+class Cases(Sequence[RankingCase]):
+    """Cases that become objects when they are asked for.
+
+    Letters: N cases on disk, of which M are these; C candidates of a list.
+
+    Args:
+        user_ids: (N,) strings.
+        histories: (N,)
+        targets: (N,)
+        lists: name -> (N, C) candidates.
+        rows: (M,) places of these cases.
+    """
+
+    def __init__(
+        self,
+        user_ids: pa.ChunkedArray,
+        histories: Histories,
+        targets: Indices,
+        lists: Mapping[str, Indices],
+        rows: npt.NDArray[np.int64],
+    ) -> None:
+        self._user_ids = user_ids
+        self._histories = histories
+        self._targets = targets
+        self._lists = lists
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> RankingCase: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[RankingCase]: ...
+    def __getitem__(self, index: int | slice) -> RankingCase | list[RankingCase]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = int(self._rows[index])
+        lists = {name: tuple(items[row].tolist()) for name, items in self._lists.items()}
+        return RankingCase(
+            user_id=self._user_ids[row].as_py(),
+            history=self._histories[row],
+            target=int(self._targets[row]),
+            candidates=lists.pop(MAIN_LIST),
+            more_candidates=lists,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,68 +115,26 @@ class Domain:
     """(I,) training interactions: popularity without the held-out ones."""
     cold: npt.NDArray[np.bool_]
     """(I,) items that no training history holds on purpose."""
-    train: tuple[tuple[int, ...], ...]
+    train: Histories
     """Training histories in time order, one per user, none empty."""
-    cases_by_kind: Mapping[tuple[Purpose, Temperature, Group], list[RankingCase]] = field(
-        repr=False, default_factory=dict
-    )
+    cases_by_kind: Mapping[Kind, Sequence[RankingCase]] = field(repr=False, default_factory=dict)
+    categories: tuple[str | None, ...] = ()
+    """(I,) null where an item has none."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "train", Histories.of(self.train))
+        if not self.categories:
+            object.__setattr__(self, "categories", (None,) * len(self.item_ids))
 
     def cases(
         self, purpose: Purpose, split: Temperature = "warm", group: Group = "scored"
-    ) -> list[RankingCase]:
+    ) -> Sequence[RankingCase]:
         """Cases in the order of user ids; empty where the domain has none of the kind."""
-        return list(self.cases_by_kind.get((purpose, split, group), ()))
+        return self.cases_by_kind.get((purpose, split, group), ())
 
     def log_prior(self) -> npt.NDArray[np.float64]:
         """(I,) log of the smoothed training popularity, see `baselines.log_popularity`."""
         return log_popularity(self.num_train)
-
-
-def prepare_domain(
-    raw: RawDomain,
-    folder: Path,
-    config: DataConfig,
-    seed: int,
-    *,
-    fingerprint_config: Mapping[str, Any],
-    inputs: Mapping[str, str],
-) -> dict[str, Any]:
-    """Clean, split and write a domain; the folder appears whole or not at all.
-
-    Args:
-        raw: the tables of the source.
-        folder: where the prepared domain goes.
-        config: the data section.
-        seed: the experiment's seed.
-        fingerprint_config: settings that the manifest records.
-        inputs: digests of the source files, recorded likewise.
-
-    Returns:
-        The manifest's metrics: the counts of every step and `candidates_sha256`.
-
-    Raises:
-        DomainError: too few users or items are left.
-        LeakError: the split would leak.
-    """
-    domain = clean(raw, config, seed)
-    result = split(domain, config, seed)
-    with artifacts.replaced_dir(folder) as work:
-        for name, table in _tables(domain, result).items():
-            pq.write_table(table, work / f"{name}.parquet")
-        metrics: dict[str, Any] = {
-            **domain.counts,
-            **result.counts,
-            "candidates_sha256": artifacts.sha256_file(work / "candidates.parquet"),
-        }
-        artifacts.write_manifest(
-            work,
-            stage="prepare",
-            config=fingerprint_config,
-            seed=seed,
-            inputs=inputs,
-            metrics=metrics,
-        )
-    return metrics
 
 
 def read_domain(folder: Path) -> Domain:
@@ -146,23 +144,23 @@ def read_domain(folder: Path) -> Domain:
         ArtifactError: the domain is not prepared, or a file is missing or damaged.
     """
     outputs = _sealed_files(folder)
-    tables = {}
-    for name in ("items", "train", "valid", "test", "candidates"):
-        path = folder / f"{name}.parquet"
+    for name in FILES:
+        path = folder / name
         if not path.is_file():
             raise ArtifactError(f"{path}: missing; run `prepare` with --force")
-        if artifacts.sha256_file(path) != outputs.get(path.name):
+        if artifacts.sha256_file(path) != outputs.get(name):
             raise ArtifactError(f"{path}: differs from its manifest; run `prepare` with --force")
-        tables[name] = pq.read_table(path)
-    items = tables["items"]
+    items = pq.read_table(folder / "items.parquet")
+    train = pq.read_table(folder / "train.parquet", columns=["history"])
     return Domain(
         name=folder.name,
         item_ids=tuple(items["item_id"].to_pylist()),
         titles=tuple(items["title"].to_pylist()),
+        categories=tuple(items["category"].to_pylist()),
         num_train=items["num_train"].to_numpy(),
         cold=items["cold"].to_numpy(),
-        train=tuple(tuple(history) for history in tables["train"]["history"].to_pylist()),
-        cases_by_kind=_cases(tables),
+        train=Histories.from_arrow(train["history"]),
+        cases_by_kind=_cases(folder),
     )
 
 
@@ -171,77 +169,49 @@ def sample(cases: Sequence[T], num: int | None, seed: int) -> list[T]:
     if num is None or num >= len(cases):
         return list(cases)
     chosen = np.random.default_rng(seed).choice(len(cases), num, replace=False)
-    return [cases[i] for i in np.sort(chosen)]
+    return [cases[int(i)] for i in np.sort(chosen)]
 
 
-def _tables(domain: CleanDomain, result: SplitDomain) -> dict[str, pa.Table]:
-    users, groups = domain.user_ids, result.groups
-    seen = np.concatenate(result.train)
-    tables = {
-        "items": pa.table(
-            {
-                "item_id": domain.item_ids,
-                "title": domain.titles,
-                "category": domain.categories,
-                "num_train": np.bincount(seen, minlength=len(domain.item_ids)),
-                "cold": result.cold,
-            },
-            schema=_ITEMS,
-        )
-    }
-    trained = [user for user, history in enumerate(result.train) if len(history)]
-    tables["train"] = pa.table(
-        {
-            "user_id": [users[user] for user in trained],
-            "history": [result.train[user] for user in trained],
-            "group": [groups[user] for user in trained],
-        },
-        schema=_TRAIN,
+def _cases(folder: Path) -> dict[Kind, Sequence[RankingCase]]:
+    candidates = pq.read_table(
+        folder / "candidates.parquet", read_dictionary=["purpose", "split", "list"]
     )
-    for purpose in ("valid", "test"):
-        cases = [case for case in result.cases if case.purpose == purpose]
-        tables[purpose] = pa.table(
-            {
-                "user_id": [users[case.user] for case in cases],
-                "history": [case.history for case in cases],
-                "target": [case.target for case in cases],
-                "split": [case.split for case in cases],
-                "group": [groups[case.user] for case in cases],
-            },
-            schema=_CASES,
+    if "list" not in candidates.column_names:
+        raise ArtifactError(
+            f"{folder / 'candidates.parquet'}: written by an earlier version; run `prepare` again"
         )
-    tables["candidates"] = pa.table(
-        {
-            "user_id": [users[case.user] for case in result.cases],
-            "purpose": [case.purpose for case in result.cases],
-            "split": [case.split for case in result.cases],
-            "candidates": [case.candidates for case in result.cases],
-        },
-        schema=_CANDIDATES,
+    names = pc.unique(candidates["list"].cast(pa.string())).to_pylist()
+    found: dict[Kind, Sequence[RankingCase]] = {}
+    for purpose in PURPOSES:
+        table = pq.read_table(folder / f"{purpose}.parquet", read_dictionary=["split", "group"])
+        own = candidates.filter(pc.equal(candidates["purpose"], purpose))
+        lists = {
+            name: _matrix(folder, table, own.filter(pc.equal(own["list"], name))) for name in names
+        }
+        histories = Histories.from_arrow(table["history"])
+        targets = table["target"].to_numpy()
+        for split in TEMPERATURES:
+            for group in GROUPS:
+                chosen = pc.and_(pc.equal(table["split"], split), pc.equal(table["group"], group))
+                rows = np.flatnonzero(chosen.to_numpy())
+                if len(rows):
+                    found[purpose, split, group] = Cases(
+                        table["user_id"], histories, targets, lists, rows
+                    )
+    return found
+
+
+def _matrix(folder: Path, cases: pa.Table, rows: pa.Table) -> Indices:
+    """(N, C) candidates of one list, in the order of the cases."""
+    aligned = rows["user_id"].equals(cases["user_id"]) and rows["split"].cast(pa.string()).equals(
+        cases["split"].cast(pa.string())
     )
-    return tables
-
-
-def _cases(
-    tables: Mapping[str, pa.Table],
-) -> dict[tuple[Purpose, Temperature, Group], list[RankingCase]]:
-    candidates = {
-        (row["user_id"], row["purpose"], row["split"]): tuple(row["candidates"])
-        for row in tables["candidates"].to_pylist()
-    }
-    cases: dict[tuple[Purpose, Temperature, Group], list[RankingCase]] = {}
-    purposes: tuple[Purpose, ...] = ("valid", "test")
-    for purpose in purposes:
-        for row in tables[purpose].to_pylist():
-            cases.setdefault((purpose, row["split"], row["group"]), []).append(
-                RankingCase(
-                    user_id=row["user_id"],
-                    history=tuple(row["history"]),
-                    target=row["target"],
-                    candidates=candidates[row["user_id"], purpose, row["split"]],
-                )
-            )
-    return cases
+    if not aligned:
+        raise ArtifactError(
+            f"{folder / 'candidates.parquet'}: does not fit the cases; run `prepare` with --force"
+        )
+    found = Histories.from_arrow(rows["candidates"])
+    return found.values.reshape(len(found), -1) if len(found) else np.zeros((0, 0), np.int32)
 
 
 def _sealed_files(folder: Path) -> dict[str, str]:

@@ -1,26 +1,26 @@
-"""Raw formats -> interactions and items, as Arrow tables in the project's own form.
+"""Raw formats -> interactions, as a stream of record batches, and items, in the project's own form.
 
 interactions: `user_id string, item_id string, timestamp int64, rating float32 null`
 items:        `item_id string, title string, category string null`
 
-Nothing is cleaned here: the tables hold what the files hold, so that every row that cleaning drops
-is counted in one place.
+Nothing is cleaned here: what comes out is what the files hold, so that every row that cleaning
+drops is counted in one place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pc_csv
-import pyarrow.parquet as pq
 
+from rc_ray.core.raw_files import FractionalTimes, SourceError, csv_batches, parquet_batches
 from rc_ray.data_config import CsvSource, MovieLensSource, ParquetSource, Source
-from rc_ray.errors import UserError
+
+__all__ = ["INTERACTIONS", "ITEMS", "Interactions", "RawDomain", "SourceError", "read"]
 
 INTERACTIONS = pa.schema(
     [
@@ -33,17 +33,49 @@ INTERACTIONS = pa.schema(
 ITEMS = pa.schema([("item_id", pa.string()), ("title", pa.string()), ("category", pa.string())])
 
 
-class SourceError(UserError):
-    """A raw file cannot be used; the message names the file, the column and the fix."""
+@dataclass(frozen=True)
+class Interactions:
+    """A log of any length; each pass reads it anew, some rows at a time."""
+
+    open: Callable[[bool], Iterator[pa.RecordBatch]]
+    """Starts a pass; True asks for times by their order alone."""
+
+    @classmethod
+    def of(cls, table: pa.Table) -> Interactions:
+        """Of a table in memory, schema `INTERACTIONS`."""
+        return cls(lambda _: iter(table.to_batches()))
+
+    def batches(self, *, by_order: bool = False) -> Iterator[pa.RecordBatch]:
+        """Record batches of schema `INTERACTIONS`, rows in file order.
+
+        Args:
+            by_order: give numbers that sort like the times instead of the times, for a log whose
+                times are no whole seconds.
+
+        Raises:
+            SourceError: a file cannot be used; `FractionalTimes` where `by_order` would help.
+        """
+        return self.open(by_order)
+
+    def to_table(self) -> pa.Table:
+        """All rows at once, for small logs."""
+        try:
+            return pa.Table.from_batches(self.batches(), INTERACTIONS)
+        except FractionalTimes:
+            return pa.Table.from_batches(self.batches(by_order=True), INTERACTIONS)
 
 
 @dataclass(frozen=True)
 class RawDomain:
     name: str
-    interactions: pa.Table
-    """Schema `INTERACTIONS`, rows in file order."""
+    interactions: Interactions
     items: pa.Table
     """Schema `ITEMS`, rows in file order."""
+
+    @classmethod
+    def from_tables(cls, name: str, interactions: pa.Table, items: pa.Table) -> RawDomain:
+        """Of tables in memory."""
+        return cls(name, Interactions.of(interactions), items)
 
 
 def domain_names(source: Source) -> tuple[str, ...]:
@@ -54,8 +86,8 @@ def domain_names(source: Source) -> tuple[str, ...]:
     return (source.domain,)
 
 
-def files(source: Source, movielens_dir: Path | None = None) -> tuple[Path, Path]:
-    """The file of interactions and the file of items that `read` reads.
+def files(source: Source, movielens_dir: Path | None = None) -> dict[str, Path]:
+    """Every file that `read` reads: a name that does not tell its folder -> its path.
 
     Args:
         source: the source section.
@@ -64,78 +96,103 @@ def files(source: Source, movielens_dir: Path | None = None) -> tuple[Path, Path
     Raises:
         SourceError: a file is missing or empty.
     """
+    interactions, items = _files(source, movielens_dir)
+    log = interactions[0]
+    if isinstance(source, ParquetSource) and log.parent != source.path:
+        found = {f"{log.parent.name}/{path.name}": path for path in interactions}
+    else:
+        found = {log.name: log}
+    return {**found, items.name if items.name not in found else f"items/{items.name}": items}
+
+
+def _files(source: Source, movielens_dir: Path | None) -> tuple[tuple[Path, ...], Path]:
+    """The files of interactions in order, and the file of items."""
     match source:
         case ParquetSource():
-            pair = (source.path / "interactions.parquet", source.path / "items.parquet")
+            log, items = source.path / "interactions.parquet", source.path / "items.parquet"
             fix = f"`path` of the source `{source.domain}` names its folder"
         case CsvSource():
-            pair = (source.interactions, source.items)
+            log, items = source.interactions, source.items
             fix = f"`interactions` and `items` of the source `{source.domain}` name the files"
         case MovieLensSource():
             folder = source.path or movielens_dir
             if folder is None:
                 raise SourceError("movielens-100k: the source has no `path`; give the data folder")
-            pair = (folder / "ml-100k.inter", folder / "ml-100k.item")
+            log, items = folder / "ml-100k.inter", folder / "ml-100k.item"
             fix = (
                 "`path` of the movielens-100k source names its folder; null takes the embedded copy"
             )
-    for path in pair:
+    parts: tuple[Path, ...] = (log,)
+    if isinstance(source, ParquetSource) and log.is_dir():
+        parts = tuple(
+            path for path in sorted(log.glob("*.parquet")) if not path.name.startswith((".", "_"))
+        )
+        if not parts:
+            raise SourceError(f"{log}: holds no file named *.parquet; {fix}")
+    for path in (*parts, items):
         if not path.is_file():
             raise SourceError(f"{path}: no such file; {fix}")
         if path.stat().st_size == 0:
             raise SourceError(f"{path}: is empty; {fix}")
-    return pair
+    return parts, items
 
 
 def read(source: Source, movielens_dir: Path | None = None) -> dict[str, RawDomain]:
-    """Read a source: domain name -> its tables.
+    """Open a source: domain name -> its log, to be streamed, and its items.
 
     Args:
         source: the source section.
         movielens_dir: where a MovieLens source without a `path` finds its files.
 
     Raises:
-        SourceError: a file is missing, empty or unreadable, lacks a column or holds a value that is
-            no number where one is needed.
+        SourceError: a file is missing, empty or unreadable, lacks a column, holds a value that is
+            no number where one is needed, or no item has a title. What is wrong with a log may
+            show only as it is streamed.
     """
-    interactions_path, items_path = files(source, movielens_dir)
+    logs, items_path = _files(source, movielens_dir)
     match source:
         case ParquetSource():
-            interactions = _read_parquet(interactions_path, INTERACTIONS, optional={"rating"})
-            items = _read_parquet(items_path, ITEMS, optional={"category"})
+            interactions = Interactions(
+                lambda by_order: parquet_batches(logs, INTERACTIONS, {"rating"}, by_order=by_order)
+            )
+            item_batches = parquet_batches((items_path,), ITEMS, {"category"})
         case CsvSource():
             columns = source.columns
-            interactions = _read_csv(
-                interactions_path,
-                source.delimiter,
-                INTERACTIONS,
-                {
-                    "user_id": columns.user_id,
-                    "item_id": columns.item_id,
-                    "timestamp": columns.timestamp,
-                    "rating": columns.rating,
-                },
+            delimiter = source.delimiter
+            log_columns: dict[str, str | None] = {
+                "user_id": columns.user_id,
+                "item_id": columns.item_id,
+                "timestamp": columns.timestamp,
+                "rating": columns.rating,
+            }
+            interactions = Interactions(
+                lambda by_order: csv_batches(
+                    logs[0], delimiter, INTERACTIONS, log_columns, by_order=by_order
+                )
             )
-            items = _read_csv(
+            item_batches = csv_batches(
                 items_path,
-                source.delimiter,
+                delimiter,
                 ITEMS,
                 {"item_id": columns.item_id, "title": columns.title, "category": columns.category},
             )
         case MovieLensSource():
-            interactions = _read_csv(
-                interactions_path,
-                "\t",
-                INTERACTIONS,
-                {
-                    "user_id": "user_id:token",
-                    "item_id": "item_id:token",
-                    "timestamp": "timestamp:float",
-                    "rating": "rating:float",
-                },
-                atomic=True,
+            interactions = Interactions(
+                lambda by_order: csv_batches(
+                    logs[0],
+                    "\t",
+                    INTERACTIONS,
+                    {
+                        "user_id": "user_id:token",
+                        "item_id": "item_id:token",
+                        "timestamp": "timestamp:float",
+                        "rating": "rating:float",
+                    },
+                    atomic=True,
+                    by_order=by_order,
+                )
             )
-            items = _read_csv(
+            item_batches = csv_batches(
                 items_path,
                 "\t",
                 ITEMS,
@@ -146,146 +203,26 @@ def read(source: Source, movielens_dir: Path | None = None) -> dict[str, RawDoma
                 },
                 atomic=True,
             )
-            if source.genre_domains is not None:
-                return _split_by_genre(source.genre_domains, interactions, items, items_path)
+    items = pa.Table.from_batches(item_batches, ITEMS)
+    if not pc.any(pc.not_equal(pc.utf8_trim_whitespace(items["title"]), "")).as_py():
+        raise SourceError(
+            f"{items_path}: no item has a title, and titles are what the model reads; fill the "
+            "column of titles, or name another one"
+        )
+    if isinstance(source, MovieLensSource) and source.genre_domains is not None:
+        return _split_by_genre(source.genre_domains, interactions, items, items_path)
     (name,) = domain_names(source)
     return {name: RawDomain(name, interactions, items)}
 
 
-def _read_parquet(path: Path, schema: pa.Schema, optional: set[str]) -> pa.Table:
-    try:
-        file = pq.ParquetFile(path)
-        found = file.schema_arrow.names
-        missing = [name for name in schema.names if name not in found and name not in optional]
-        if missing:
-            raise SourceError(
-                f"{path}: the column `{missing[0]}` is missing; found: {', '.join(found)}"
-            )
-        table = file.read(columns=[name for name in schema.names if name in found])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(f"{path}: not a readable Parquet file: {_one_line(error)}") from None
-    return _conform(path, table, schema, {name: name for name in table.column_names})
-
-
-def _read_csv(
-    path: Path,
-    delimiter: str,
-    schema: pa.Schema,
-    columns: Mapping[str, str | None],
-    *,
-    atomic: bool = False,
-) -> pa.Table:
-    """Read a delimited file; `atomic` files (RecBole's) know no quotes and have a fixed header."""
-    wanted = {name: column for name, column in columns.items() if column is not None}
-    parse = pc_csv.ParseOptions(
-        delimiter=delimiter,
-        quote_char=False if atomic else '"',
-        newlines_in_values=not atomic,
-    )
-    # Everything is read as text first: types are then ours to decide and to complain about.
-    try:
-        found = pc_csv.open_csv(path, parse_options=parse).schema.names
-        for name, column in wanted.items():
-            if column not in found:
-                fix = (
-                    "is this the file of MovieLens-100K in RecBole's form?"
-                    if atomic
-                    else f"set `columns.{name}` or `delimiter` of the source"
-                )
-                raise SourceError(
-                    f"{path}: the column `{column}` is missing; found: {', '.join(found)}; {fix}"
-                )
-        table = pc_csv.read_csv(
-            path,
-            parse_options=parse,
-            convert_options=pc_csv.ConvertOptions(
-                include_columns=sorted(set(wanted.values())),
-                column_types={column: pa.string() for column in wanted.values()},
-                # "NA" and "null" are honest titles and names; only nothing is nothing.
-                null_values=[""],
-                strings_can_be_null=True,
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        raise SourceError(
-            f"{path}: not readable as UTF-8 text with the delimiter {delimiter!r}: "
-            f"{_one_line(error)}"
-        ) from None
-    return _conform(path, table, schema, wanted)
-
-
-def _conform(
-    path: Path, table: pa.Table, schema: pa.Schema, columns: Mapping[str, str]
-) -> pa.Table:
-    """Rename and cast to `schema`; an absent column becomes null, absent time the row order."""
-    if table.num_rows == 0:
-        raise SourceError(f"{path}: has no rows")
-    arrays = []
-    for field in schema:
-        if field.name not in columns:
-            if field.name == "timestamp":
-                arrays.append(pa.array(np.arange(table.num_rows), pa.int64()))
-            else:
-                arrays.append(pa.nulls(table.num_rows, field.type))
-            continue
-        column = columns[field.name]
-        values = table[column]
-        if field.name == "timestamp":
-            arrays.append(_times(path, column, values))
-        elif pa.types.is_floating(field.type):
-            arrays.append(_numbers(path, column, values).cast(field.type))
-        else:
-            try:
-                arrays.append(values.cast(field.type))
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-                raise SourceError(
-                    f"{path}: the column `{column}` has the type {values.type}; it must hold text"
-                ) from None
-    return pa.table(arrays, schema=schema)
-
-
-def _times(path: Path, column: str, values: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """Whole seconds where the numbers are whole, else their dense order from 0."""
-    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
-        return values.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
-    if pa.types.is_integer(values.type):
-        return values.cast(pa.int64())
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        try:
-            return values.cast(pa.int64())
-        except pa.ArrowInvalid:
-            pass  # not whole numbers, or no numbers: the next step says which
-    numbers = _numbers(path, column, values).combine_chunks()
-    floats = numbers.to_numpy(zero_copy_only=False)
-    known = np.isfinite(floats)
-    if np.isinf(floats).any():
-        raise SourceError(f"{path}: the column `{column}` holds an infinite number")
-    whole = known & (np.floor(floats) == floats) & (np.abs(floats) < 2**53)
-    times = np.zeros(len(floats), dtype=np.int64)
-    if whole.sum() == known.sum():
-        times[known] = floats[known].astype(np.int64)
-    else:
-        times[known] = np.unique(floats[known], return_inverse=True)[1]
-    return pa.array(times, pa.int64(), mask=~known)
-
-
-def _numbers(path: Path, column: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
-    try:
-        return values.cast(pa.float64())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise SourceError(
-            f"{path}: the column `{column}` must hold numbers (time in Unix seconds): "
-            f"{_one_line(error)}"
-        ) from None
-
-
 def _split_by_genre(
     genre_domains: Mapping[str, tuple[str, ...]],
-    interactions: pa.Table,
+    log: Interactions,
     items: pa.Table,
     items_path: Path,
 ) -> dict[str, RawDomain]:
     """A film goes to the first domain naming one of its genres; films of no domain are left out."""
+    interactions = log.to_table()
     film_genres = pc.split_pattern(pc.fill_null(items["category"], ""), " ")
     known = sorted(set(pc.list_flatten(film_genres).to_pylist()) - {""})
     free = pa.array(np.ones(items.num_rows, dtype=bool))
@@ -304,9 +241,5 @@ def _split_by_genre(
         free = pc.and_not(free, chosen)
         films = items.filter(chosen)
         of_films = pc.is_in(interactions["item_id"], value_set=films["item_id"].combine_chunks())
-        domains[name] = RawDomain(name, interactions.filter(of_films), films)
+        domains[name] = RawDomain.from_tables(name, interactions.filter(of_films), films)
     return domains
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

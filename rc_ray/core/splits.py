@@ -1,44 +1,87 @@
-"""Clean histories -> training histories, ranking cases and their frozen candidates.
+"""Clean histories -> training histories and ranking cases.
 
-Per user, in time order: the last warm item is the test target, the one before it the validation
-target, the rest the training history. Cold items of an ingredient domain leave all of that; a
-user's last cold item is the target of a case of its own.
+Every case's history is the head of its user's warm items in time order, so a case is a user, a
+length and a target. Nothing here loops over users.
+
+Leave-one-out: the last warm item is the test target, the one before it the validation target, the
+rest trains; a user's last cold item is the target of a case of its own. Time: two moments cut the
+domain; what lies before the first one trains, and the first item after a moment is its target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from rc_ray.core.cleaning import CleanDomain, DomainError, describe, keyed_hashes
+from rc_ray.core.cleaning import CleanDomain, DomainError, describe, list_field
+from rc_ray.core.hashing import fractions, keyed_hashes
+from rc_ray.core.histories import Histories, Indices, offsets_of
 from rc_ray.data_config import DataConfig
-from rc_ray.errors import UserError
 
 Purpose = Literal["valid", "test"]
-Temperature = Literal["warm", "cold"]
+Temperature = Literal["warm", "cold", "cold_user", "few_shot"]
 Group = Literal["scored", "unlabeled"]
-Indices = npt.NDArray[np.int32]
 
+PURPOSES: tuple[Purpose, ...] = ("valid", "test")
+TEMPERATURES: tuple[Temperature, ...] = ("warm", "cold", "cold_user", "few_shot")
+DRAWS = ("scored", "unlabeled", "cold_user", "few_shot", "held_out")
+"""What a user was drawn for. `held_out`: a cold user of another domain, who trains no spirit."""
+SCORED, UNLABELED, COLD_USER, FEW_SHOT, HELD_OUT = range(5)
 
-class LeakError(UserError):
-    """The prepared data would tell a model what it is tested on."""
+Codes = npt.NDArray[np.uint8]
+Lengths = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One row of valid.parquet or test.parquet with its candidates."""
+class HeldOut:
+    """What the ingredient domains keep from all training of the spirit."""
 
-    user: int
-    purpose: Purpose
-    split: Temperature
-    history: Indices
-    target: int
-    candidates: Indices
-    """(num_negatives + 1,)"""
+    titles: pa.Array
+    """Titles of cold items."""
+    user_ids: pa.Array
+    """Ids of cold users."""
+
+    @classmethod
+    def nothing(cls) -> HeldOut:
+        return cls(pa.array([], pa.string()), pa.array([], pa.string()))
+
+
+@dataclass(frozen=True)
+class CaseTable:
+    """What is to be ranked, C cases ordered by purpose, user and split."""
+
+    user: Indices
+    """(C,) places in the domain's user ids."""
+    purpose: Codes
+    """(C,) places in `PURPOSES`."""
+    split: Codes
+    """(C,) places in `TEMPERATURES`."""
+    target: Indices
+    """(C,)"""
+    histories: Histories
+    """(C,)"""
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> CaseTable:
+        """Some of the cases, in the order of `rows`."""
+        return CaseTable(
+            self.user[rows],
+            self.purpose[rows],
+            self.split[rows],
+            self.target[rows],
+            self.histories.take(rows),
+        )
+
+    def name(self, case: int) -> str:
+        """Kind of a case, for messages: "warm test"."""
+        return f"{TEMPERATURES[self.split[case]]} {PURPOSES[self.purpose[case]]}"
 
 
 @dataclass(frozen=True)
@@ -46,226 +89,255 @@ class SplitDomain:
     """Letters: I items, U users."""
 
     cold: npt.NDArray[np.bool_]
-    """(I,)"""
-    groups: tuple[Group, ...]
-    """(U,)"""
-    train: tuple[Indices, ...]
-    """(U,) training histories; empty for a user who met cold items only."""
-    cases: tuple[Case, ...]
+    """(I,) items that no training history holds on purpose."""
+    draws: Codes
+    """(U,) places in `DRAWS`."""
+    train: Histories
+    """(U,) training histories; empty for a user who trains nothing."""
+    cases: CaseTable
+    cut_offs: tuple[int, int] | None
+    """First times of the validation and the test period, in a split by time."""
     counts: dict[str, int]
 
-
-def split(domain: CleanDomain, config: DataConfig, seed: int) -> SplitDomain:
-    """Split a clean domain and draw the candidates.
-
-    Spirit domains have no cold items and no unlabeled users: nobody is tested for them there.
-
-    Raises:
-        DomainError: no user is left to validate or test on.
-        LeakError: see `check_no_leak`.
-    """
-    is_ingredient = domain.name in config.ingredients
-    cold = _draw_cold(domain, config, seed) if is_ingredient else np.zeros(len(domain.titles), bool)
-    groups = _draw_groups(domain, config.unlabeled_fraction if is_ingredient else 0.0, seed)
-    warm = ~cold
-    if warm.sum() < config.num_negatives + 1:
-        raise DomainError(
-            f"domain `{domain.name}`: {warm.sum()} warm items are too few for "
-            f"`data.num_negatives` = {config.num_negatives} ({describe(domain.counts)})"
-        )
-    seeds = {
-        (purpose, temperature): keyed_hashes(
-            domain.user_ids, seed, domain.name, "candidates", purpose, temperature
-        )
-        for purpose, temperature in (("valid", "warm"), ("test", "warm"), ("test", "cold"))
-    }
-    train: list[Indices] = []
-    cases: list[Case] = []
-    num_filled = num_short = 0
-    for user in range(len(domain.user_ids)):
-        full = domain.history(user)
-        is_cold = cold[full]
-        warm_part = full[~is_cold]
-        # Two warm items or fewer leave no history to predict from: all of them train.
-        is_long = len(warm_part) >= 3
-        history = warm_part[:-2] if is_long else warm_part
-        train.append(history)
-        rows: list[tuple[Purpose, Temperature, Indices, int]] = []
-        if is_long:
-            rows.append(("valid", "warm", history, int(warm_part[-2])))
-            rows.append(("test", "warm", warm_part[:-1], int(warm_part[-1])))
-        if is_cold.any():
-            last = int(np.flatnonzero(is_cold)[-1])
-            before = history[: int((~is_cold[:last]).sum())]
-            if len(before):
-                rows.append(("test", "cold", before, int(full[last])))
-        for purpose, temperature, past, target in rows:
-            pools = (warm,) if temperature == "warm" else (cold, warm)
-            key = int(seeds[purpose, temperature][user])
-            candidates = draw_candidates(target, full, pools, config.num_negatives, key)
-            if candidates is None:
-                num_short += 1
-                continue
-            if temperature == "cold" and not cold[candidates].all():
-                num_filled += 1
-            cases.append(Case(user, purpose, temperature, past, target, candidates))
-    result = SplitDomain(
-        cold=cold,
-        groups=groups,
-        train=tuple(train),
-        cases=tuple(cases),
-        counts={
-            "cold_items": int(cold.sum()),
-            "train_histories": sum(len(history) > 0 for history in train),
-            "train_interactions": sum(len(history) for history in train),
-            "unlabeled_users": groups.count("unlabeled"),
-            "valid_cases": sum(case.purpose == "valid" for case in cases),
-            "test_cases": sum((case.purpose, case.split) == ("test", "warm") for case in cases),
-            "cold_test_cases": sum(case.split == "cold" for case in cases),
-            "cases_without_enough_negatives": num_short,
-            "cold_cases_filled_with_warm_negatives": num_filled,
-        },
-    )
-    lacking = _lacking(result, is_ingredient)
-    if lacking is not None:
-        raise DomainError(
-            f"domain `{domain.name}`: {lacking} ({describe({**domain.counts, **result.counts})})"
-        )
-    check_no_leak(domain, result)
-    return result
+    @property
+    def num_train(self) -> npt.NDArray[np.int64]:
+        """(I,) training interactions."""
+        return np.bincount(self.train.values, minlength=len(self.cold))
 
 
-def _lacking(result: SplitDomain, is_ingredient: bool) -> str | None:
-    """What no user is left for, and the fix; None where every group has its cases."""
-    found = {
-        (case.purpose, result.groups[case.user]) for case in result.cases if case.split == "warm"
-    }
-    if not is_ingredient:
-        needed = {("valid", "scored"), ("test", "scored")}
-        return None if needed <= found else _NO_CASES.format("validate and test on")
-    if not {("valid", "scored"), ("test", "scored")} <= found:
-        return _NO_CASES.format("validate and test on") + " or `data.unlabeled_fraction`"
-    if ("valid", "unlabeled") not in found:
-        return "no unlabeled user is left to guide the merge; raise `data.unlabeled_fraction`"
-    return None
+def split(
+    domain: CleanDomain, config: DataConfig, seed: int, held_out: HeldOut | None = None
+) -> SplitDomain:
+    """Split a clean domain.
 
-
-_NO_CASES = "no user is left to {}; lower `data.cold_item_fraction` or `data.num_negatives`"
-
-
-def draw_candidates(
-    target: int,
-    history: Indices,
-    pools: Sequence[npt.NDArray[np.bool_]],
-    num_negatives: int,
-    key: int,
-) -> Indices | None:
-    """The target among uniform negatives that the user never met.
-
-    The order is a permutation that depends on `key` alone, applied to the sorted candidates: which
-    of them is the target leaves no trace in it.
+    Spirit domains draw no cold items and no groups of users: nobody is tested for them there. What
+    the ingredient domains hold out is cold there.
 
     Args:
-        target: item index, part of `history`.
-        history: the user's full history, cold items included.
-        pools: (I,) masks; a later pool is used only where the earlier ones are exhausted.
-        num_negatives: how many to draw.
-        key: 64-bit seed of this user and purpose.
-
-    Returns:
-        (num_negatives + 1,) item indices, or None where too few items are left.
-    """
-    generator = np.random.default_rng([key, 0])
-    chosen = [np.array([target], dtype=np.int32)]
-    missing = num_negatives
-    for pool in pools:
-        allowed = pool.copy()
-        allowed[history] = False
-        free = np.flatnonzero(allowed).astype(np.int32)
-        num = min(missing, len(free))
-        chosen.append(generator.choice(free, num, replace=False))
-        missing -= num
-    if missing:
-        return None
-    candidates = np.sort(np.concatenate(chosen))
-    order = np.random.default_rng([key, 1]).permutation(len(candidates))
-    return candidates[order]
-
-
-def check_no_leak(domain: CleanDomain, result: SplitDomain) -> None:
-    """Assert what makes the data leak-proof.
+        domain: clean histories.
+        config: the data section.
+        seed: the experiment's seed.
+        held_out: what the ingredient domains hold out; used for a spirit domain only.
 
     Raises:
-        LeakError: a validation or test target stands in that user's training history; a negative
-            in the user's full history; a cold item in a training history or in the history of any
-            case; a target in its own history; a case has not exactly one positive or repeats a
-            candidate.
+        DomainError: too few warm items are left for a list of candidates.
     """
+    is_ingredient = domain.name in config.ingredients
+    held_out = held_out or HeldOut.nothing()
+    if is_ingredient:
+        cold = _draw_cold(domain, config, seed)
+        draws = _draw_users(domain, config, seed)
+    else:
+        cold = np.asarray(pc.is_in(domain.titles, value_set=held_out.titles))
+        outside = np.asarray(pc.is_in(domain.user_ids, value_set=held_out.user_ids))
+        draws = np.where(outside, HELD_OUT, SCORED).astype(np.uint8)
+    counts = {
+        "items_held_out_elsewhere": 0 if is_ingredient else int(cold.sum()),
+        "interactions_held_out_elsewhere": 0 if is_ingredient else int(cold[domain.items].sum()),
+        "users_held_out_elsewhere": int((draws == HELD_OUT).sum()),
+        "cold_items_by_nature": 0,
+    }
+    cut_offs = _cut_offs(domain, config) if config.split == "time" else None
+    warm = _Warm.of(domain, cold, cut_offs)
+    if cut_offs is not None:
+        # An item counts as known where one of its title trains: what it is called has been seen.
+        num_train = np.bincount(_train(warm, draws, config).values, minlength=len(cold))
+        title = np.asarray(domain.titles.dictionary_encode().indices)
+        unseen = np.bincount(title, weights=num_train)[title] == 0
+        counts["cold_items_by_nature"] = int((unseen & ~cold).sum())
+        cold = cold | unseen
+        warm = _Warm.of(domain, cold, cut_offs)
+    num_warm = int((~cold).sum())
+    for name, candidates in config.candidate_lists.items():
+        if num_warm < candidates.num_negatives + 1:
+            raise DomainError(
+                f"domain `{domain.name}`: {num_warm} warm items are too few for "
+                f"{list_field(name)} = {candidates.num_negatives} ({describe(domain.counts)})"
+            )
+    train = _train(warm, draws, config)
+    cases = _cases(domain, warm, cold, draws, config, has_cold_cases=is_ingredient)
+    counts |= {
+        "cold_items": int(cold.sum()),
+        "train_histories": int((train.lengths > 0).sum()),
+        "train_interactions": len(train.values),
+        "unlabeled_users": int((draws == UNLABELED).sum()),
+        "cold_users": int((draws == COLD_USER).sum()),
+        "few_shot_users": int((draws == FEW_SHOT).sum()),
+    }
+    return SplitDomain(cold, draws, train, cases, cut_offs, counts)
 
-    def require(holds: bool, user: int, what: str) -> None:
-        if not holds:
-            raise LeakError(f"domain `{domain.name}`, user `{domain.user_ids[user]}`: {what}")
 
-    cold = result.cold
-    for user, history in enumerate(result.train):
-        require(not cold[history].any(), user, "a cold item stands in the training history")
-    for case in result.cases:
-        name = f"{case.split} {case.purpose}"
-        others = case.candidates[case.candidates != case.target]
-        require(
-            case.target not in result.train[case.user],
-            case.user,
-            f"the {name} target stands in the training history",
+@dataclass(frozen=True)
+class _Warm:
+    """Warm items of each user in time order, U users."""
+
+    histories: Histories
+    num_before_valid: Lengths
+    """(U,) warm items before the validation period, in a split by time."""
+    num_before_test: Lengths
+    cut_offs: tuple[int, int] | None
+
+    @classmethod
+    def of(
+        cls,
+        domain: CleanDomain,
+        cold: npt.NDArray[np.bool_],
+        cut_offs: tuple[int, int] | None,
+    ) -> _Warm:
+        rows = np.flatnonzero(~cold[domain.items])
+        # Warm rows before each user's first row: no array of N users is needed.
+        offsets = np.searchsorted(rows, domain.offsets)
+        histories = Histories(domain.items[rows], offsets.astype(np.int64))
+        if cut_offs is None:
+            none = np.zeros(len(histories), dtype=np.int64)
+            return cls(histories, none, none, None)
+        before = [
+            np.diff(offsets_of((domain.times[rows] < moment).astype(np.int64))[offsets])
+            for moment in cut_offs
+        ]
+        return cls(histories, before[0], before[1], cut_offs)
+
+
+def _train(warm: _Warm, draws: Codes, config: DataConfig) -> Histories:
+    """(U,) training histories."""
+    length = warm.histories.lengths
+    if warm.cut_offs is not None:
+        known = warm.num_before_valid
+    else:
+        # Two warm items or fewer leave no history to predict from: all of them train.
+        known = np.where(length >= 3, length - 2, length)
+    few = warm.num_before_valid if warm.cut_offs is not None else length
+    known = np.where(draws == FEW_SHOT, np.minimum(few, config.num_few_shot), known)
+    known = np.where((draws == COLD_USER) | (draws == HELD_OUT), 0, known)
+    return warm.histories.heads(np.arange(len(length)), known)
+
+
+def _cases(
+    domain: CleanDomain,
+    warm: _Warm,
+    cold: npt.NDArray[np.bool_],
+    draws: Codes,
+    config: DataConfig,
+    *,
+    has_cold_cases: bool,
+) -> CaseTable:
+    histories, length = warm.histories, warm.histories.lengths
+    usual = (draws == SCORED) | (draws == UNLABELED)
+    cold_user, few_shot = draws == COLD_USER, draws == FEW_SHOT
+    few = np.full(len(length), config.num_few_shot)
+    # Rows: purpose, split, who, length of the history, place of the target among the warm items.
+    rows: list[tuple[int, int, npt.NDArray[np.bool_], Lengths, Lengths]]
+    if warm.cut_offs is None:
+        long = usual & (length >= 3)
+        known = np.where(length >= 3, length - 2, length)
+        rows = [
+            (0, 0, long, length - 2, length - 2),
+            (1, 0, long, length - 1, length - 1),
+            (1, 2, cold_user & (length >= 2), length - 1, length - 1),
+            (1, 3, few_shot & (length > few), few, few),
+        ]
+    else:
+        first, second = warm.num_before_valid, warm.num_before_test
+        known = second
+        goes_on = length > second
+        rows = [
+            (0, 0, usual & (first >= 1) & (second > first), first, first),
+            (1, 0, usual & (second >= 1) & goes_on, second, second),
+            (1, 2, cold_user & (second >= 1) & goes_on, second, second),
+            (1, 3, few_shot & (first >= few) & goes_on, few, second),
+        ]
+    columns = [
+        _rows(purpose, tag, users := np.flatnonzero(who), heads[users],
+              histories.values[histories.offsets[users] + places[users]])
+        for purpose, tag, who, heads, places in rows
+    ]  # fmt: skip
+    if has_cold_cases:
+        row, user = _cold_targets(domain, cold, warm.cut_offs)
+        num_before = np.searchsorted(np.flatnonzero(~cold[domain.items]), row)
+        heads = np.minimum(known[user], num_before - histories.offsets[user])
+        kept = usual[user] & (heads >= 1)
+        columns.append(_rows(1, 1, user[kept], heads[kept], domain.items[row[kept]]))
+    purpose, tag, user, heads, target = (np.concatenate(one) for one in zip(*columns, strict=True))
+    order = np.lexsort((tag, user, purpose))
+    return CaseTable(
+        user=user[order].astype(np.int32),
+        purpose=purpose[order].astype(np.uint8),
+        split=tag[order].astype(np.uint8),
+        target=target[order].astype(np.int32),
+        histories=histories.heads(user[order], heads[order]),
+    )
+
+
+def _rows(
+    purpose: int,
+    tag: int,
+    users: npt.NDArray[np.int64],
+    heads: Lengths,
+    targets: Indices,
+) -> tuple[npt.NDArray[np.integer], ...]:
+    return np.full(len(users), purpose), np.full(len(users), tag), users, heads, targets
+
+
+def _cold_targets(
+    domain: CleanDomain, cold: npt.NDArray[np.bool_], cut_offs: tuple[int, int] | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows of the cold targets, and their users: the last one, or the first one after a moment."""
+    is_cold = cold[domain.items]
+    if cut_offs is not None:
+        is_cold &= domain.times >= cut_offs[1]
+    rows = np.flatnonzero(is_cold)
+    bounds = np.searchsorted(rows, domain.offsets)
+    users = np.flatnonzero(np.diff(bounds))
+    places = bounds[users] if cut_offs is not None else bounds[users + 1] - 1
+    return rows[places], users
+
+
+def _cut_offs(domain: CleanDomain, config: DataConfig) -> tuple[int, int]:
+    """First times of the validation and the test period."""
+    moments = []
+    for share in (config.valid_from, config.test_from):
+        place = min(int(share * len(domain.times)), len(domain.times) - 1)
+        moments.append(int(np.partition(domain.times, place)[place]))
+    if moments[0] == moments[1] or moments[0] == domain.times.min():
+        raise DomainError(
+            f"domain `{domain.name}`: its times do not tell the periods of `data.split: time` "
+            f"apart ({moments[0]} and {moments[1]}); change `data.valid_from` and "
+            "`data.test_from`, or take `leave-one-out`"
         )
-        require(
-            case.target not in case.history,
-            case.user,
-            f"the {name} target stands in its own history",
-        )
-        require(
-            not cold[case.history].any(), case.user, f"a cold item stands in the {name} history"
-        )
-        require(
-            bool(cold[case.target]) == (case.split == "cold"),
-            case.user,
-            f"the {name} target is of the other kind",
-        )
-        require(
-            len(others) == len(case.candidates) - 1,
-            case.user,
-            f"the {name} candidates do not hold exactly one positive",
-        )
-        require(
-            len(np.unique(case.candidates)) == len(case.candidates),
-            case.user,
-            f"the {name} candidates repeat an item",
-        )
-        require(
-            not np.isin(others, domain.history(case.user)).any(),
-            case.user,
-            f"a {name} negative stands in the user's history",
-        )
+    return moments[0], moments[1]
 
 
 def _draw_cold(domain: CleanDomain, config: DataConfig, seed: int) -> npt.NDArray[np.bool_]:
-    """(I,) the share of items held out, large enough to draw cold negatives from if affordable."""
+    """(I,) the share of items held out, large enough to draw cold negatives from if affordable.
+
+    Drawn by title: items of equal title are cold together, so that nothing of a cold title trains.
+    A title of more items than are to be held out is passed over.
+    """
     num_items = len(domain.item_ids)
-    cold = np.zeros(num_items, dtype=bool)
     if config.cold_item_fraction == 0.0:
-        return cold
+        return np.zeros(num_items, dtype=bool)
     num = round(config.cold_item_fraction * num_items)
     enough = config.num_negatives + 11
     if enough <= num_items / 4:
         num = max(num, enough)
-    hashes = keyed_hashes(domain.item_ids, seed, domain.name, "cold")
-    cold[np.argsort(hashes)[:num]] = True
-    return cold
+    encoded = domain.titles.dictionary_encode()
+    title = np.asarray(encoded.indices)
+    num_of = np.bincount(title)
+    order = np.argsort(keyed_hashes(encoded.dictionary, seed, domain.name, "cold"), kind="stable")
+    order = order[num_of[order] <= num]
+    chosen = np.zeros(len(num_of), dtype=bool)
+    chosen[order[: np.searchsorted(np.cumsum(num_of[order]), num) + 1]] = num > 0
+    drawn: npt.NDArray[np.bool_] = chosen[title]
+    return drawn
 
 
-def _draw_groups(domain: CleanDomain, fraction: float, seed: int) -> tuple[Group, ...]:
-    """(U,) exactly the rounded share of users is unlabeled."""
-    num = round(fraction * len(domain.user_ids))
-    hashes = keyed_hashes(domain.user_ids, seed, domain.name, "group")
-    unlabeled = np.zeros(len(hashes), dtype=bool)
-    unlabeled[np.argsort(hashes)[:num]] = True
-    return tuple("unlabeled" if flag else "scored" for flag in unlabeled)
+def _draw_users(domain: CleanDomain, config: DataConfig, seed: int) -> Codes:
+    """(U,) what each user of an ingredient domain is for; other users do not matter to it."""
+    place = fractions(keyed_hashes(domain.user_ids, seed, domain.name, "group"))
+    draws = np.full(len(place), SCORED, dtype=np.uint8)
+    draws[place < config.unlabeled_fraction] = UNLABELED
+    # From the other end, so that these fractions do not change who is unlabeled.
+    not_cold = 1.0 - config.cold_user_fraction
+    draws[place >= not_cold - config.few_shot_user_fraction] = FEW_SHOT
+    draws[place >= not_cold] = COLD_USER
+    return draws

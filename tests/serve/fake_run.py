@@ -74,6 +74,7 @@ def _prepare(folder: Path, domain: str, seed: int) -> None:
         "user_id": pa.array(["u0", "u0"]),
         "purpose": pa.array(["valid", "test"]),
         "split": pa.array(["warm", "warm"]),
+        "list": ["main", "main"],
         "candidates": pa.array([[3, 7, 9], [4, 8, 10]], indices),
     }
     pq.write_table(pa.table(candidates), folder / "candidates.parquet")
