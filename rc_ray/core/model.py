@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -161,6 +162,30 @@ class LanguageModel:
         part = _decoder_part(self.model, layers, norm=self.model.get_decoder().norm)
         output = part(
             inputs_embeds=states, position_ids=position_ids, attention_mask=mask, use_cache=False
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def cached_hidden(
+        self, cache: Cache, input_ids: Tensor, position_ids: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Last hidden states of tokens that follow those in a cache, which they join.
+
+        Args:
+            cache: keys and values of L tokens.
+            input_ids: (B, T).
+            position_ids: (B, T).
+            mask: (B, 1, T, L + T) bool, True where the row may look.
+
+        Returns:
+            (B, T, H).
+        """
+        output = self.model.get_decoder()(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
         )
         hidden: Tensor = output.last_hidden_state
         return hidden

@@ -172,15 +172,40 @@ class Ranker:
         """Both log p(title | empty history) of every item, (2, I); of adapter and titles only."""
         return self.score(self.prepare([[]], [range(len(self.titles))]))[0]
 
-    def _split(self, request: int, history: Sequence[str], items: Sequence[int]) -> list[_Row]:
-        recent = list(history)[-self.max_titles :]
-        listed = [self.titles[item] for item in items] if recent else None
+    def chosen_items(self, history: Sequence[str]) -> list[int]:
+        """One item per title of the history that the catalogue knows."""
         tokens = (self.renderer.title(title) for title in history)
-        chosen = [self._item_of_title[title] for title in tokens if title in self._item_of_title]
+        return [self._item_of_title[title] for title in tokens if title in self._item_of_title]
+
+    def prompt_tokens(self, history: Sequence[str], candidates: Sequence[int]) -> list[int]:
+        """Tokens of a request's prompt, which holds the latest `max_titles` titles."""
+        recent = list(history)[-self.max_titles :]
+        listed = [self.titles[item] for item in candidates] if recent else None
+        return self.renderer.prompt(self.domain, recent, listed, shown=self._shown)
+
+    def child_logits(self, hidden: Tensor, visit: Tensor, edges: Tensor) -> Tensor:
+        """Logits of single children of branching nodes.
+
+        Args:
+            hidden: (M, H) last hidden states, one per visit.
+            visit: (D,) index into the visits.
+            edges: (D,) the child's edge.
+
+        Returns:
+            (D,) fp32.
+        """
+        columns = self.trie.edge_columns.to(edges.device)[edges]
+        hidden = hidden.float()
+        if 8 * len(edges) > len(hidden) * len(self._rows):  # the matrix product is the faster one
+            return (hidden @ self._rows.T)[visit, columns]
+        return torch.einsum("dh,dh->d", hidden[visit], self._rows[columns])
+
+    def _split(self, request: int, history: Sequence[str], items: Sequence[int]) -> list[_Row]:
+        chosen = self.chosen_items(history)
         if len(items) < len(self.titles):  # a listed title can come, whatever the history says
             listed_leaves = {self.trie.leaf_of_item[item] for item in items}
             chosen = [i for i in chosen if self.trie.leaf_of_item[i] not in listed_leaves]
-        prompt = self.renderer.prompt(self.domain, recent, listed, shown=self._shown)
+        prompt = self.prompt_tokens(history, items)
         # Neighbours by leaf share ancestors, so sorted chunks hold fewer nodes.
         order = sorted(range(len(items)), key=lambda place: self.trie.paths[items[place]].nodes)
         chunks: list[list[int]] = [[]]

@@ -244,13 +244,39 @@ class CatalogueTrie:
                 infinity where nothing is left behind an edge.
             starts: (M,) where each visit's children begin in `values`.
         """
+        visit, edges, starts = self.edges_of(nodes)
+        values = logits[visit, self.edge_columns.to(nodes.device)[edges]].float()
+        return self.normalized(values, nodes, with_prior=with_prior, taken=taken), starts
+
+    def edges_of(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every child of the visited branching nodes, the visits one after another.
+
+        Args:
+            nodes: (M,) branching node of each visit.
+
+        Returns:
+            visits: (sum of children,) the visit that each child belongs to.
+            edges: (sum of children,) its edge.
+            starts: (M,) where each visit's children begin.
+        """
         first = self.first_edge.to(nodes.device)
         num_children = first[nodes + 1] - first[nodes]  # (M,)
         starts = num_children.cumsum(0) - num_children
         visit = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), num_children)
         within = torch.arange(len(visit), device=nodes.device) - starts[visit]
-        edges = first[nodes][visit] + within  # (sum of children,)
-        values = logits[visit, self.edge_columns.to(nodes.device)[edges]].float()
+        return visit, first[nodes][visit] + within, starts
+
+    def normalized(
+        self,
+        values: Tensor,
+        nodes: Tensor,
+        *,
+        with_prior: bool,
+        taken: Taken | None = None,
+    ) -> Tensor:
+        """Logits of the children that `edges_of` lists -> their log probabilities, same shape."""
+        visit, edges, starts = self.edges_of(nodes)
+        first = self.first_edge.to(nodes.device)
         items = self.edge_items.to(nodes.device)[edges]
         clicks = self.edge_clicks.to(nodes.device)[edges]
         if taken is not None and len(taken.visits):
@@ -264,7 +290,7 @@ class CatalogueTrie:
         peak = torch.full_like(starts, -torch.inf, dtype=values.dtype)
         peak = peak.scatter_reduce(0, visit, values.detach(), reduce="amax")
         total = torch.zeros_like(peak).index_add(0, visit, (values - peak[visit]).exp())
-        return values - (total.log() + peak)[visit], starts
+        return values - (total.log() + peak)[visit]
 
     def decision_log_probs(
         self,
