@@ -1,22 +1,19 @@
-"""Ranking metrics under ties, and bootstrap intervals.
+"""Ranking metrics under ties.
 
-Letters: N users, C candidates, B bootstrap samples. A target that ties with t other candidates
+Letters: N users, C candidates. A target that ties with t other candidates
 behind b better ones has its rank uniform on {b + 1, ..., b + t + 1}; every metric here is the
 expectation over that draw, so a system gains nothing by giving equal scores.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
-
-METRICS = ("HR@1", "HR@5", "NDCG@5", "MRR")
-"""The metrics of every report, in its order."""
-
 
 @dataclass(frozen=True)
 class TargetRanks:
@@ -33,15 +30,19 @@ class TargetRanks:
         return 1.0 + self.num_better + self.num_tied / 2.0
 
 
-def rank_targets(scores: npt.ArrayLike, target_positions: npt.ArrayLike) -> TargetRanks:
+def rank_targets(
+    scores: npt.ArrayLike, target_positions: npt.ArrayLike, excluded: npt.ArrayLike | None = None
+) -> TargetRanks:
     """Rank each target among its candidates.
 
     Args:
         scores: (N, C), higher is better; minus infinity is allowed.
         target_positions: (N,) column of each row's target.
+        excluded: (N, C) bool, columns that are no candidates of the row, e.g. its history in a
+            ranking of the whole catalogue; never the target's.
 
     Raises:
-        ValueError: a score is not a number, or shapes do not fit.
+        ValueError: a score is not a number, a target is excluded, or shapes do not fit.
     """
     table = np.asarray(scores, dtype=np.float64)
     positions = np.asarray(target_positions, dtype=np.int64)
@@ -51,10 +52,13 @@ def rank_targets(scores: npt.ArrayLike, target_positions: npt.ArrayLike) -> Targ
     if np.isnan(table).any():
         raise ValueError("a score is not a number")
     target = np.take_along_axis(table, positions[:, None], axis=1)  # (N, 1)
-    return TargetRanks(
-        num_better=(table > target).sum(axis=1),
-        num_tied=(table == target).sum(axis=1) - 1,
-    )
+    better, tied = table > target, table == target
+    if excluded is not None:
+        free = ~np.asarray(excluded, dtype=bool)
+        if not np.take_along_axis(free, positions[:, None], axis=1).all():
+            raise ValueError("a target is excluded from its own ranking")
+        better, tied = better & free, tied & free
+    return TargetRanks(num_better=better.sum(axis=1), num_tied=tied.sum(axis=1) - 1)
 
 
 def expected_ranks(scores: npt.ArrayLike, target_positions: npt.ArrayLike) -> Floats:
@@ -79,70 +83,30 @@ def ndcg(ranks: TargetRanks, k: int) -> Floats:
     return _expectation(1.0 / np.log2(np.arange(1, k + 1) + 1.0), ranks)
 
 
-def reciprocal_rank(ranks: TargetRanks) -> Floats:
-    """(N,) E[1 / rank]; its mean is MRR (Voorhees, TREC-8 1999)."""
+def reciprocal_rank(ranks: TargetRanks, k: int | None = None) -> Floats:
+    """(N,) E[1 / rank if rank <= k else 0]; its mean is MRR@k (Voorhees, TREC-8 1999).
+
+    Without `k` every rank counts.
+    """
     deepest = int((ranks.num_better + ranks.num_tied).max(initial=0)) + 1
-    return _expectation(1.0 / np.arange(1, deepest + 1), ranks)
+    return _expectation(1.0 / np.arange(1, (deepest if k is None else k) + 1), ranks)
 
 
-def metric_values(ranks: TargetRanks) -> dict[str, Floats]:
-    """Metric name -> (N,) value of each user, for `METRICS`; the mean is the reported value."""
-    return {
-        "HR@1": hit_rate(ranks, 1),
-        "HR@5": hit_rate(ranks, 5),
-        "NDCG@5": ndcg(ranks, 5),
-        "MRR": reciprocal_rank(ranks),
-    }
+def metric_names(ks: Sequence[int]) -> tuple[str, ...]:
+    """Metrics at these cut-offs, in the order of reports; at 1 all of them are the hit rate."""
+    return tuple(
+        f"{metric}@{k}" for k in ks for metric in (("HR",) if k == 1 else ("HR", "NDCG", "MRR"))
+    )
 
 
-def bootstrap_interval(
-    values: npt.ArrayLike, num_samples: int, seed: int, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of the mean over users (Efron and Tibshirani 1993, chapter 13).
-
-    Args:
-        values: (N,) one value per user, N >= 1.
-        num_samples: B.
-        seed: makes the interval repeatable.
-        level: covered share.
-
-    Returns:
-        Low and high end.
-    """
-    low, high = _ends(_resampled_means(_per_user(values), num_samples, seed), level)
-    return low, high
-
-
-def paired_bootstrap(
-    a: npt.ArrayLike, b: npt.ArrayLike, num_samples: int, seed: int, level: float = 0.95
-) -> tuple[float, float, float, float]:
-    """Difference of the means of two systems over the same users.
-
-    Users are resampled, so what makes a user hard for both systems cancels. The p-value is
-    two-sided, of the resampled means shifted to a zero difference:
-    `(1 + #{|d* - d| >= |d|}) / (B + 1)` (Efron and Tibshirani 1993, chapter 16; for retrieval:
-    Sakai, SIGIR 2006).
-
-    Args:
-        a: (N,) values of system a.
-        b: (N,) values of system b, the same users in the same order.
-        num_samples: B.
-        seed: makes the result repeatable.
-        level: covered share of the percentile interval.
-
-    Returns:
-        `(mean(a - b), low, high, p_value)`.
-    """
-    first, second = _per_user(a), _per_user(b)
-    if first.shape != second.shape:
-        raise ValueError(f"{len(first)} and {len(second)} users cannot be paired")
-    differences = first - second
-    difference = float(differences.mean())
-    means = _resampled_means(differences, num_samples, seed)
-    low, high = _ends(means, level)
-    # Sums in another order differ in their last bits: a hair of slack keeps equal values equal.
-    extreme = np.abs(means - difference) >= abs(difference) - 1e-12
-    return difference, low, high, float((1 + extreme.sum()) / (num_samples + 1))
+def metric_values(ranks: TargetRanks, ks: Sequence[int]) -> dict[str, Floats]:
+    """Metric name -> (N,) value of each user, for `metric_names`; the mean is what is reported."""
+    functions = {"HR": hit_rate, "NDCG": ndcg, "MRR": reciprocal_rank}
+    found = {}
+    for name in metric_names(ks):
+        metric, _, k = name.partition("@")
+        found[name] = functions[metric](ranks, int(k))
+    return found
 
 
 def _expectation(gains: Floats, ranks: TargetRanks) -> Floats:
@@ -152,27 +116,3 @@ def _expectation(gains: Floats, ranks: TargetRanks) -> Floats:
     last = np.minimum(ranks.num_better + ranks.num_tied + 1, len(gains))
     mean: Floats = (total[last] - total[first]) / (ranks.num_tied + 1)
     return mean
-
-
-def _per_user(values: npt.ArrayLike) -> Floats:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or not len(array):
-        raise ValueError(f"expected one value per user, got the shape {array.shape}")
-    return array
-
-
-def _resampled_means(values: Floats, num_samples: int, seed: int) -> Floats:
-    """(B,) means of resampled users, in blocks that bound the memory."""
-    generator = np.random.default_rng(seed)
-    block = max(1, 4_000_000 // len(values))
-    means = [
-        values[generator.integers(0, len(values), (min(block, num_samples - start), len(values)))]
-        .mean(axis=1)
-        for start in range(0, num_samples, block)
-    ]  # fmt: skip
-    return np.concatenate(means)
-
-
-def _ends(means: Floats, level: float) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

@@ -5,16 +5,15 @@ import math
 
 import numpy as np
 import pytest
+from sklearn import metrics as sklearn_metrics
 
 from rc_ray.core.metrics import (
-    METRICS,
     TargetRanks,
-    bootstrap_interval,
     expected_ranks,
     hit_rate,
+    metric_names,
     metric_values,
     ndcg,
-    paired_bootstrap,
     rank_targets,
     reciprocal_rank,
 )
@@ -52,19 +51,47 @@ def test_ties_equal_the_mean_over_all_orders() -> None:
     for _ in range(20):
         scores = rng.integers(0, 3, size=5).astype(float)
         target = int(rng.integers(5))
-        values: dict[str, list[float]] = {name: [] for name in METRICS}
+        values: dict[str, list[float]] = {name: [] for name in metric_names((1, 3))}
         for order in itertools.permutations(range(5)):
             if any(scores[a] < scores[b] for a, b in itertools.pairwise(order)):
                 continue  # not sorted by score
             rank = order.index(target) + 1
             values["HR@1"].append(float(rank <= 1))
-            values["HR@5"].append(float(rank <= 5))
-            values["NDCG@5"].append(1 / math.log2(rank + 1))
-            values["MRR"].append(1 / rank)
-        found = metric_values(rank_targets(scores[None], [target]))
-        assert list(found) == list(METRICS)
+            values["HR@3"].append(float(rank <= 3))
+            values["NDCG@3"].append(1 / math.log2(rank + 1) if rank <= 3 else 0.0)
+            values["MRR@3"].append(1 / rank if rank <= 3 else 0.0)
+        found = metric_values(rank_targets(scores[None], [target]), (1, 3))
+        assert list(found) == ["HR@1", "HR@3", "NDCG@3", "MRR@3"]
         for name, expected in values.items():
             assert found[name][0] == pytest.approx(np.mean(expected))
+
+
+def test_excluded_items_are_no_rivals() -> None:
+    """The history, columns 0 and 1, would be better and tied; it is not ranked at all."""
+    excluded = [[True, True, False, False]]
+    ranks = rank_targets([[9.0, 5.0, 5.0, 1.0]], [2], excluded)
+    assert (ranks.num_better.tolist(), ranks.num_tied.tolist()) == ([0], [0])
+    assert expected_ranks([[9.0, 5.0, 5.0, 1.0]], [2]).tolist() == [2.5]
+    with pytest.raises(ValueError, match="excluded from its own ranking"):
+        rank_targets([[9.0, 5.0]], [0], [[True, False]])
+
+
+def test_metrics_agree_with_scikit_learn() -> None:
+    """Its NDCG averages over ties as ours does; without ties its top-k accuracy is the hit rate and
+    its ranking average precision the reciprocal rank."""
+    rng = np.random.default_rng(1)
+    tied = rng.integers(0, 6, (200, 20)).astype(float)
+    smooth = rng.normal(size=(200, 20))
+    targets = rng.integers(0, 20, 200)
+    truth = np.eye(20)[targets]
+    for k in (1, 3, 10, 19):
+        for scores in (tied, smooth):
+            expected = sklearn_metrics.ndcg_score(truth, scores, k=k)
+            assert ndcg(rank_targets(scores, targets), k).mean() == pytest.approx(expected)
+        accuracy = sklearn_metrics.top_k_accuracy_score(targets, smooth, k=k, labels=np.arange(20))
+        assert hit_rate(rank_targets(smooth, targets), k).mean() == pytest.approx(accuracy)
+    precision = sklearn_metrics.label_ranking_average_precision_score(truth, smooth)
+    assert reciprocal_rank(rank_targets(smooth, targets)).mean() == pytest.approx(precision)
 
 
 def test_broken_scores_are_refused() -> None:
@@ -76,49 +103,4 @@ def test_broken_scores_are_refused() -> None:
 
 def test_no_users_is_no_crash() -> None:
     empty = TargetRanks(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-    assert all(len(values) == 0 for values in metric_values(empty).values())
-
-
-def test_interval_has_the_width_of_the_central_limit() -> None:
-    values = np.random.default_rng(1).normal(0.3, 1.0, size=3000)
-    low, high = bootstrap_interval(values, 2000, seed=0)
-    error = 1.96 * values.std() / math.sqrt(len(values))
-    assert low == pytest.approx(values.mean() - error, abs=0.1 * error)
-    assert high == pytest.approx(values.mean() + error, abs=0.1 * error)
-    assert bootstrap_interval(values, 2000, seed=0) == (low, high)
-    assert bootstrap_interval([0.25], 10, seed=0) == (0.25, 0.25)
-
-
-def test_large_samples_are_resampled_in_blocks() -> None:
-    values = np.arange(3_000_000) % 2
-    low, high = bootstrap_interval(values, 3, seed=0)
-    assert 0.499 < low <= high < 0.501
-
-
-def test_paired_bootstrap() -> None:
-    rng = np.random.default_rng(2)
-    hard = rng.normal(size=400)
-    a, b = hard + 0.1 + 0.2 * rng.normal(size=400), hard + 0.2 * rng.normal(size=400)
-    difference, low, high, p_value = paired_bootstrap(a, b, 2000, seed=0)
-    assert difference == pytest.approx((a - b).mean())
-    assert 0 < low < difference < high
-    assert p_value == pytest.approx(1 / 2001)
-    backwards = paired_bootstrap(b, a, 2000, seed=0)
-    np.testing.assert_allclose(backwards, (-difference, -high, -low, p_value), rtol=1e-9)
-
-
-def test_equal_systems_do_not_differ() -> None:
-    assert paired_bootstrap([1, 0, 1], [1, 0, 1], 100, seed=0) == (0.0, 0.0, 0.0, 1.0)
-    with pytest.raises(ValueError, match="cannot be paired"):
-        paired_bootstrap([1, 0], [1], 100, seed=0)
-
-
-def test_p_values_are_uniform_without_a_difference() -> None:
-    rng = np.random.default_rng(3)
-    p_values = [
-        paired_bootstrap(rng.normal(size=100), rng.normal(size=100), 400, seed=run)[3]
-        for run in range(300)
-    ]
-    # 5 % of 300 is 15, standard deviation 3.8.
-    assert 4 <= np.sum(np.array(p_values) < 0.05) <= 28
-    assert 0.42 < np.mean(p_values) < 0.58
+    assert all(len(values) == 0 for values in metric_values(empty, (1, 5)).values())
