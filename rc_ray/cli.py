@@ -128,12 +128,27 @@ def report(
 def run(
     experiment: ExperimentFile,
     overrides: Overrides = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="train with so many seeds, on the same data")
+    ] = 1,
     force: Force = False,
     verbose: Verbose = False,
     address: Address = None,
 ) -> None:
-    """All stages from prepare to report; what is finished is not done again."""
-    _run_stages(experiment, overrides, STAGES, force, verbose, address)
+    """All stages that the compared systems need; what is finished is not done again."""
+    if seeds == 1:
+        _run_stages(experiment, overrides, STAGES, force, verbose, address)
+        return
+    with _plain_errors(verbose):
+        from rc_ray.config import load
+        from rc_ray.seeds import summarise, variants
+
+        loaded = load(experiment, tuple(overrides or ()))
+        runs = variants(loaded, seeds)
+        for one in runs:
+            own = [f"name={one.name}", f"seed={one.seed}", f"data_seed={one.data_seed}"]
+            _run_stages(experiment, [*(overrides or ()), *own], STAGES, force, verbose, address)
+        typer.echo(f"over {seeds} seeds: {summarise(loaded, runs) / 'summary.md'}")
 
 
 @app.command()
@@ -211,6 +226,71 @@ def assets(verbose: Verbose = False) -> None:
             console.note(str(model_dir(EMBEDDED_MODEL, console.note)))
 
 
+@app.command("import")
+def import_(
+    format: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="e.g. amazon-2023, movielens-csv, table")
+    ],
+    domain: Annotated[str, typer.Option("--domain", help="the domain's name")],
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="PATH...", help="files, or a folder with the publisher's files"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="default: imported/DOMAIN")
+    ] = None,
+    interactions: Annotated[
+        list[Path] | None,
+        typer.Option("--interactions", metavar="PATH", help="file or folder of interactions"),
+    ] = None,
+    items: Annotated[
+        list[Path] | None, typer.Option("--items", metavar="PATH", help="file or folder of items")
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", metavar="FIELD=COLUMN", help="of a table: title=name"),
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option("--delimiter", help="of a table: one character, or tab")
+    ] = None,
+    time_unit: Annotated[
+        str | None, typer.Option("--time-unit", help="of a table: s (default), ms, us or iso")
+    ] = None,
+    parallel: Annotated[
+        bool, typer.Option("--parallel", help="read the files of interactions in parallel, on Ray")
+    ] = False,
+    verbose: Verbose = False,
+    address: Address = None,
+) -> None:
+    """Read a publisher's raw files into a folder for `format: parquet`.
+
+    Formats: amazon-2014, amazon-2018, amazon-2023, movielens-100k, movielens-1m, movielens-10m,
+    movielens-csv, yelp, steam, goodreads, recbole, and table for any CSV, TSV, JSON lines or
+    Parquet with a map of columns. docs/data.md lists the files of each.
+    """
+    with _plain_errors(verbose):
+        from rc_ray import importing
+        from rc_ray.progress import Progress
+
+        request = importing.Request(
+            format=format,
+            domain=domain,
+            out=out or Path("imported") / domain,
+            paths=paths or (),
+            interactions=interactions or (),
+            items=items or (),
+            columns=columns or (),
+            delimiter=delimiter,
+            time_unit=time_unit,
+            parallel=parallel,
+            address=address,
+            verbose=verbose,
+        )
+        with Progress() as console:
+            counts = importing.run(request, console)
+        typer.echo(importing.summary(request, counts))
+
+
 @app.command()
 def demo(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="what to run")] = Path(
@@ -243,6 +323,7 @@ def _run_stages(
     address: str | None = None,
 ) -> None:
     with _plain_errors(verbose), _opened(path, overrides) as (experiment, console):
+        stages = _possible(experiment, stages, console)
         _refuse_stale(path, experiment, stages)
         _write_config(experiment)
         on_ray = [name for name in stages if name in ON_RAY]
@@ -250,6 +331,26 @@ def _run_stages(
         with _session(experiment, address, verbose) if on_ray else nullcontext():
             _run_each(on_ray, experiment, force, console)
         _run_each([name for name in stages if name in AFTER_RAY], experiment, force, console)
+
+
+def _possible(experiment: Experiment, stages: Sequence[str], console: Progress) -> Sequence[str]:
+    """The stages to run: of several, those that a compared system needs.
+
+    Raises:
+        ConfigError: the one stage asked for needs a base spirit and no domain feeds one.
+    """
+    from rc_ray.errors import ConfigError
+    from rc_ray.recipes import stages_needed
+
+    needed = stages_needed(experiment)
+    if len(stages) > 1:
+        left_out = [name for name in stages if name not in needed]
+        if left_out:
+            console.note(f"no system of `evaluate.systems` needs {', '.join(left_out)}: left out")
+        return [name for name in stages if name in needed]
+    if stages[0] in ("train", "merge") and not experiment.data.spirit:
+        raise ConfigError(f"`data.spirit` names no domain, so there is nothing to {stages[0]}")
+    return stages
 
 
 def _refuse_stale(path: Path, experiment: Experiment, stages: Sequence[str]) -> None:

@@ -1,280 +1,166 @@
-"""Scores -> calibrated ranks, metrics with intervals, and paired differences between systems.
+"""Scores -> the calibrated ranks of one system, from the LLM or from a baseline.
 
-Letters: N users, C candidates, I items.
+Letters: N users, C candidates of all their lists, I items, K items shown.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from rc_ray.config import EvaluateConfig, System
-from rc_ray.core.domains import RankingCase
-from rc_ray.core.metrics import (
-    TargetRanks,
-    bootstrap_interval,
-    metric_values,
-    ndcg,
-    paired_bootstrap,
-    rank_targets,
-)
+from rc_ray.core.domains import Domain, RankingCase
+from rc_ray.core.metrics import TargetRanks, ndcg, rank_targets
 from rc_ray.core.ranking import WITH_PRIOR, calibrated
-
-RAW_SUFFIX = " (raw)"
-"""Marks the rows of a system whose likelihoods were not calibrated."""
-COMPARED_METRICS = ("HR@1", "NDCG@5")
-_RESULTS = pa.schema(
-    [
-        ("domain", pa.string()),
-        ("split", pa.string()),
-        ("system", pa.string()),
-        ("metric", pa.string()),
-        ("value", pa.float64()),
-        ("ci_low", pa.float64()),
-        ("ci_high", pa.float64()),
-        ("num_users", pa.int64()),
-        ("num_candidates", pa.int64()),
-        ("seed", pa.int64()),
-    ]
+from rc_ray.requests import (
+    ASKED_PROBES,
+    CATALOGUE,
+    MAIN,
+    flat_candidates,
+    list_slices,
+    target_positions,
 )
-_DIFFERENCES = pa.schema(
-    [
-        ("domain", pa.string()),
-        ("split", pa.string()),
-        ("metric", pa.string()),
-        ("system_a", pa.string()),
-        ("system_b", pa.string()),
-        ("difference", pa.float64()),
-        ("ci_low", pa.float64()),
-        ("ci_high", pa.float64()),
-        ("p_value", pa.float64()),
-        ("num_users", pa.int64()),
-    ]
-)
-_RANKS = pa.schema(
-    [
-        ("domain", pa.string()),
-        ("split", pa.string()),
-        ("system", pa.string()),
-        ("user_id", pa.string()),
-        ("rank", pa.float32()),
-        ("rank_raw", pa.float32()),
-    ]
-)
+from rc_ray.shards import EMPTY, EMPTY_MASKED, Calibration
 
 Floats = npt.NDArray[np.floating[Any]]
+Cases = Mapping[str, Sequence[RankingCase]]
 
 
 @dataclass(frozen=True)
 class SystemScores:
-    """One system on one domain, by split."""
+    """One system on one domain; tuples hold one entry for each seed that it was trained with."""
 
-    ranks: Mapping[str, TargetRanks]
-    """With the chosen alpha and gamma."""
-    raw_ranks: Mapping[str, TargetRanks]
-    alpha: float
-    gamma: float
-    prior_in_trie: bool
-    valid_ndcg: float | None
+    final: Mapping[str, tuple[Floats, ...]]
+    """By split and by probe: (N, C) scores that rank, of all lists one after another."""
+    ranks: Mapping[tuple[str, str], tuple[TargetRanks, ...]]
+    """By (split, list of candidates), `CATALOGUE` among the lists."""
+    raw_ranks: Mapping[str, TargetRanks] = field(default_factory=dict)
+    """By split, of the main list under the likelihood alone; empty for a baseline."""
+    top: Mapping[str, tuple[npt.NDArray[np.int64], ...]] = field(default_factory=dict)
+    """By split: (N, K) items on top of the catalogue, -1 where there are fewer."""
+    calibration: Calibration | None = None
+    """None for a baseline."""
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    """What a baseline chose for itself on validation users."""
+    valid_ndcg: float | None = None
     """Of the chosen setting on the validation users; None without any."""
+    costs: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class DomainScores:
     """All systems on one domain."""
 
-    name: str
-    cases: Mapping[str, Sequence[RankingCase]]
+    domain: Domain
+    cases: Cases
+    """By split and by probe."""
+    catalogue_cases: Cases
+    """By split."""
     systems: Mapping[System, SystemScores]
 
-
-@dataclass(frozen=True)
-class Tables:
-    """What `evaluate/` holds."""
-
-    results: pa.Table
-    differences: pa.Table
-    ranks: pa.Table
-    calibration: dict[str, dict[str, dict[str, float | bool | None]]]
+    @property
+    def splits(self) -> list[str]:
+        """Test splits that have cases."""
+        return [name for name, found in self.cases.items() if is_test_split(name) and found]
 
 
-def calibration(
+def is_test_split(name: str) -> bool:
+    """Whether a key of the cases is a split of test users: neither validation nor a probe."""
+    return name != "valid" and name not in ASKED_PROBES
+
+
+def calibrate(
     scores: Mapping[str, Floats],
-    cases: Mapping[str, Sequence[RankingCase]],
+    cases: Cases,
     log_prior: Floats,
     config: EvaluateConfig,
     default: tuple[float, float, bool],
 ) -> SystemScores:
-    """Choose the score's settings by NDCG over the validation users' whole lists, then rank.
+    """Choose the score's settings by NDCG over the validation users' main lists, then rank.
 
     Args:
-        scores: (1, 2, I) under `empty`, (N, 2, C) by split.
-        cases: by split, in the order of the scores.
+        scores: (1, 2, I) under `empty` (and `empty_masked`), (N, 2, C) by split, (N, 2, C of main)
+            by probe.
+        cases: by split and by probe, in the order of the scores.
         log_prior: (I,).
         config: the values to choose from; the first point of the grid wins a tie.
         default: (alpha, gamma, prior in the trie) where no validation user can choose.
     """
     parts = {
-        split: (scores[split], *_aligned(found, scores["empty"][0], log_prior))
+        split: (scores[split], *_aligned(split, found, scores, log_prior))
         for split, found in cases.items()
         if found
     }
-    targets = {split: _targets(found) for split, found in cases.items() if found}
 
-    def rank(split: str, alpha: float, gamma: float, inside: bool) -> TargetRanks:
+    def final(split: str, alpha: float, gamma: float, inside: bool) -> Floats:
         likelihood, empty, prior = parts[split]
         row = WITH_PRIOR if inside else 0
-        final = calibrated(likelihood[:, row], empty[:, row], prior, alpha=alpha, gamma=gamma)
-        return rank_targets(final, targets[split])
+        return calibrated(likelihood[:, row], empty[:, row], prior, alpha=alpha, gamma=gamma)
 
-    grid = list(itertools.product(config.alphas, config.gammas, config.prior_in_trie))
-    best: tuple[float, float, bool] = default
-    quality = None
+    best, quality = default, None
     if "valid" in parts:
-        num_candidates = parts["valid"][0].shape[-1]
-        values = [float(ndcg(rank("valid", *point), num_candidates).mean()) for point in grid]
+        grid = list(itertools.product(config.alphas, config.gammas, config.prior_in_trie))
+        values = [valid_ndcg(final("valid", *point), cases["valid"]) for point in grid]
         quality = max(values)
         best = grid[values.index(quality)]
-    tests = [split for split in parts if split != "valid"]
-    alpha, gamma, inside = best
+    found = {split: (final(split, *best),) for split in parts}
+    raw = {
+        split: _ranks(final(split, 0.0, 0.0, False), cases[split], MAIN)
+        for split in parts
+        if is_test_split(split)
+    }
     return SystemScores(
-        ranks={split: rank(split, alpha, gamma, inside) for split in tests},
-        raw_ranks={split: rank(split, 0.0, 0.0, False) for split in tests},
-        alpha=alpha,
-        gamma=gamma,
-        prior_in_trie=inside,
+        final=found,
+        ranks=list_ranks(found, cases),
+        raw_ranks=raw,
+        calibration=Calibration(*best),
         valid_ndcg=quality,
     )
 
 
-def popularity(cases: Mapping[str, Sequence[RankingCase]], log_prior: Floats) -> SystemScores:
-    """The prior alone: nothing to calibrate."""
-    ranks = {
-        split: rank_targets(
-            np.stack([log_prior[list(case.candidates)] for case in found]), _targets(found)
-        )
-        for split, found in cases.items()
-        if found
+def list_ranks(
+    final: Mapping[str, tuple[Floats, ...]], cases: Cases
+) -> dict[tuple[str, str], tuple[TargetRanks, ...]]:
+    """Where the targets stand, by test split and list of candidates."""
+    return {
+        (split, name): tuple(_ranks(one, cases[split], name) for one in scores)
+        for split, scores in final.items()
+        if is_test_split(split)
+        for name in list_slices(cases[split][0])
     }
-    valid = ranks.pop("valid", None)
-    quality = None
-    if valid is not None:
-        quality = float(ndcg(valid, len(cases["valid"][0].candidates)).mean())
-    return SystemScores(ranks, ranks, alpha=0.0, gamma=1.0, prior_in_trie=False, valid_ndcg=quality)
 
 
-def compare(domains: Sequence[DomainScores], config: EvaluateConfig, seed: int) -> Tables:
-    """Means with bootstrap intervals, every pair of systems, every user's rank.
-
-    Args:
-        domains: all domains.
-        config: number of bootstrap samples.
-        seed: of the resampling; recorded in the results.
-    """
-    results: list[dict[str, Any]] = []
-    differences: list[dict[str, Any]] = []
-    ranks: list[dict[str, Any]] = []
-    chosen: dict[str, dict[str, dict[str, float | bool | None]]] = {}
-    for domain in domains:
-        chosen[domain.name] = {
-            name: {
-                "alpha": s.alpha,
-                "gamma": s.gamma,
-                "prior_in_trie": s.prior_in_trie,
-                "valid_ndcg": s.valid_ndcg,
-            }
-            for name, s in domain.systems.items()
-        }
-        for split, cases in domain.cases.items():
-            if split == "valid" or not cases:
-                continue
-            where = {"domain": domain.name, "split": split}
-            final: dict[str, dict[str, Floats]] = {}
-            for name, system in domain.systems.items():
-                final[name] = dict(metric_values(system.ranks[split]))
-                raw = metric_values(system.raw_ranks[split])
-                for label, values in ((name, final[name]), (name + RAW_SUFFIX, raw)):
-                    results += _rows(where, label, values, cases, config, seed)
-                expected = system.ranks[split].expected
-                expected_raw = system.raw_ranks[split].expected
-                for case, rank, rank_raw in zip(cases, expected, expected_raw, strict=True):
-                    user = {"system": name, "user_id": case.user_id}
-                    ranks.append({**where, **user, "rank": rank, "rank_raw": rank_raw})
-            differences += _pairs(where, final, config, seed)
-    return Tables(
-        results=pa.Table.from_pylist(results, schema=_RESULTS),
-        differences=pa.Table.from_pylist(differences, schema=_DIFFERENCES),
-        ranks=pa.Table.from_pylist(ranks, schema=_RANKS),
-        calibration=chosen,
-    )
+def valid_ndcg(scores: Floats, cases: Sequence[RankingCase]) -> float:
+    """Mean NDCG over the whole main lists, (N, C) scores."""
+    return float(ndcg(_ranks(scores, cases, MAIN), len(cases[0].candidates)).mean())
 
 
-def _rows(
-    where: dict[str, str],
-    label: str,
-    values: Mapping[str, Floats],
-    cases: Sequence[RankingCase],
-    config: EvaluateConfig,
-    seed: int,
-) -> list[dict[str, Any]]:
-    rows = []
-    for metric, per_user in values.items():
-        low, high = bootstrap_interval(per_user, config.num_bootstrap, seed)
-        rows.append(
-            {
-                **where,
-                "system": label,
-                "metric": metric,
-                "value": float(per_user.mean()),
-                "ci_low": low,
-                "ci_high": high,
-                "num_users": len(per_user),
-                "num_candidates": len(cases[0].candidates),
-                "seed": seed,
-            }
-        )
-    return rows
+def catalogue_ranks(
+    parts: Mapping[str, Sequence[Mapping[str, npt.NDArray[Any]]]],
+) -> dict[tuple[str, str], tuple[TargetRanks, ...]]:
+    """Ranks in the whole catalogue, from the `num_better` and `num_tied` of each seed by split."""
+    return {
+        (split, CATALOGUE): tuple(TargetRanks(p["num_better"], p["num_tied"]) for p in seeds)
+        for split, seeds in parts.items()
+    }
 
 
-def _pairs(
-    where: dict[str, str],
-    values: Mapping[str, Mapping[str, Floats]],
-    config: EvaluateConfig,
-    seed: int,
-) -> list[dict[str, Any]]:
-    rows = []
-    for metric in COMPARED_METRICS:
-        for a, b in itertools.permutations(values, 2):
-            first, second = values[a][metric], values[b][metric]
-            difference, low, high, p = paired_bootstrap(first, second, config.num_bootstrap, seed)
-            rows.append(
-                {
-                    **where,
-                    "metric": metric,
-                    "system_a": a,
-                    "system_b": b,
-                    "difference": difference,
-                    "ci_low": low,
-                    "ci_high": high,
-                    "p_value": p,
-                    "num_users": len(first),
-                }
-            )
-    return rows
+def _ranks(scores: Floats, cases: Sequence[RankingCase], name: str) -> TargetRanks:
+    return rank_targets(scores[:, list_slices(cases[0])[name]], target_positions(cases, name))
 
 
 def _aligned(
-    cases: Sequence[RankingCase], empty: Floats, log_prior: Floats
+    split: str, cases: Sequence[RankingCase], scores: Mapping[str, Floats], log_prior: Floats
 ) -> tuple[Floats, Floats]:
-    items = np.array([case.candidates for case in cases])  # (N, C)
-    return empty[:, items].transpose(1, 0, 2), log_prior[items]  # (N, 2, C), (N, C)
-
-
-def _targets(cases: Sequence[RankingCase]) -> list[int]:
-    return [case.candidates.index(case.target) for case in cases]
+    """Empty-history scores (N, 2, C) and prior (N, C) of the candidates, as they were scored."""
+    if split in ASKED_PROBES:
+        items = np.array([case.candidates for case in cases])
+    else:
+        items = np.array([flat_candidates(case) for case in cases])  # (N, C)
+    empty = scores[EMPTY_MASKED if split == "masked_titles" else EMPTY][0]  # (2, I)
+    return empty[:, items].transpose(1, 0, 2), log_prior[items]

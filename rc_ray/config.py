@@ -19,13 +19,30 @@ from pydantic import (
     model_validator,
 )
 
+from rc_ray.baselines_config import ItemKnnConfig, SasrecConfig, TitleEmbeddingConfig
 from rc_ray.data_config import DataConfig, Fraction, Section
 from rc_ray.errors import ConfigError
 from rc_ray.yaml_file import apply_override, explain, read_mapping
 
-System = Literal["popularity", "base", "spirit", "ingredient", "uniform", "cocktail"]
+System = Literal[
+    "popularity",
+    "item_knn",
+    "sasrec",
+    "title_embedding",
+    "base",
+    "spirit",
+    "ingredient",
+    "uniform",
+    "cocktail",
+]
 SYSTEMS: tuple[System, ...] = get_args(System)
 """Every system that a run can compare, in the order of reports."""
+BASELINES: tuple[System, ...] = ("popularity", "item_knn", "sasrec", "title_embedding")
+"""Systems that no adapter shapes and no LLM likelihood ranks."""
+OF_THE_SPIRIT: tuple[System, ...] = ("spirit", "uniform", "cocktail")
+"""Systems that need a base spirit."""
+
+Probe = Literal["shuffled_history", "permuted_candidates", "popularity_negatives", "masked_titles"]
 
 
 class ModelConfig(Section):
@@ -217,8 +234,22 @@ class MergeConfig(Section):
 
 class EvaluateConfig(Section):
     systems: tuple[System, ...] = Field(default=SYSTEMS, min_length=1)
+    ks: tuple[PositiveInt, ...] = Field(default=(1, 5, 10), min_length=1)
+    """Cut-offs of HR, NDCG and MRR."""
     num_test_users: PositiveInt | None = None
     """Seeded sample of scored users per split; null scores all."""
+    num_catalogue_users: Annotated[int, Field(ge=0)] | None = 0
+    """Those of them, per split, for whom the whole catalogue is ranked too; null ranks it for
+    all. With an LLM that costs many times what a list of candidates does."""
+    catalogue_max_nodes: PositiveInt = 4096
+    """Trie nodes that an LLM reads for one user's catalogue ranking; where they do not suffice to
+    prove the top of it, the report says so."""
+    num_seeds: PositiveInt = 1
+    """Times that a baseline trained by chance (SASRec) is trained; users' metrics are averaged."""
+    probes: tuple[Probe, ...] = ()
+    """What is changed to see whether the ranking follows; see docs/evaluation.md."""
+    num_probe_users: PositiveInt | None = 100
+    """Warm test users of a probe; null takes all of them."""
     num_valid_users: PositiveInt | None = 100
     """Validation users that choose alpha and gamma."""
     alphas: tuple[NonNegativeFloat, ...] = Field(default=(0.0, 0.5, 1.0), min_length=1)
@@ -231,10 +262,19 @@ class EvaluateConfig(Section):
     """History titles in a prompt."""
     tokens_per_batch: PositiveInt = 4096
     num_bootstrap: PositiveInt = 2000
+    item_knn: ItemKnnConfig = ItemKnnConfig()
+    sasrec: SasrecConfig = SasrecConfig()
+    title_embedding: TitleEmbeddingConfig = TitleEmbeddingConfig()
     num_actors: PositiveInt | None = None
     """Null: as many as the cluster has resources for."""
     cpus_per_actor: PositiveFloat = 1.0
     gpus_per_actor: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _sorted(self) -> EvaluateConfig:
+        if list(self.ks) != sorted(set(self.ks)):
+            raise ValueError("`ks` must rise, each once")
+        return self
 
 
 class ServeConfig(Section):
@@ -263,6 +303,8 @@ class ServeConfig(Section):
 class Experiment(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 7
+    data_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Seed of splits, candidates and sampled users; null: `seed`."""
     output_dir: Path = Path("runs")
     """Run folders lie here; on a cluster, storage that all nodes share."""
     model: ModelConfig = ModelConfig()
@@ -282,6 +324,49 @@ class Experiment(Section):
                 "(`loss`, `prior_in_loss`); spirit and ingredient are mixed and scored in one form"
             )
         return self
+
+    @model_validator(mode="after")
+    def _spirit_for_its_systems(self) -> Experiment:
+        needing = [system for system in self.evaluate.systems if system in OF_THE_SPIRIT]
+        if needing and not self.data.spirit:
+            raise ValueError(
+                f"`evaluate.systems` names {', '.join(needing)}, made from a base spirit, but "
+                "`data.spirit` names no domain; name one, or leave these systems out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_catalogue_in_a_prompt(self) -> Experiment:
+        llm = [system for system in self.evaluate.systems if system not in BASELINES]
+        if llm and self.tune.style == "instruct" and self.evaluate.num_catalogue_users != 0:
+            raise ValueError(
+                "`style: instruct` lists the candidates in the prompt, and a whole catalogue is "
+                "too long for one; set `evaluate.num_catalogue_users: 0`, or another style"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _list_for_the_probe(self) -> Experiment:
+        if "popularity_negatives" in self.evaluate.probes and self.popularity_list is None:
+            raise ValueError(
+                "`evaluate.probes` names popularity_negatives, but no list has them; add "
+                f"`data.more_candidates: {{popular: {{negatives: popularity, num_negatives: "
+                f"{self.data.num_negatives}}}}}`"
+            )
+        return self
+
+    @property
+    def split_seed(self) -> int:
+        """What splits, candidates and samples of users are drawn with."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def popularity_list(self) -> str | None:
+        """The list of candidates that matches the main one, but in how negatives are drawn."""
+        for name, one in self.data.more_candidates.items():
+            if one.negatives == "popularity" and one.num_negatives == self.data.num_negatives:
+                return name
+        return None
 
     @property
     def run_dir(self) -> Path:

@@ -84,8 +84,8 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 def last_screen(experiment: Experiment, path: Path) -> None:
     """What was learned, where the report lies and what to try next, on stdout."""
-    from rc_ray.findings import read_results
     from rc_ray.report import summary_table
+    from rc_ray.results import read_results
     from rc_ray.verdicts import in_short
 
     run = RunFolder(experiment.run_dir)

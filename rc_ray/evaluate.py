@@ -1,28 +1,44 @@
-"""Ray actors rank the test candidates of every domain with every system; the tables follow.
+"""The stage `evaluate`: every system ranks the frozen candidates and the whole catalogue.
 
-An actor loads the base once, folds one adapter after another into it and scores shards of users
-(rc_ray/shards.py). Each shard is a file, so a killed evaluation goes on where it was. What the
-scores mean is decided in rc_ray/comparison.py. Ray is imported inside the functions.
+Ray actors (rc_ray/scorer.py) score shards of users; each shard is a file, so a killed evaluation
+goes on where it was. What the scores mean is decided in rc_ray/comparison.py and rc_ray/tables.py.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
-from rc_ray.comparison import DomainScores, SystemScores, calibration, compare, popularity
-from rc_ray.config import Experiment, System
+from rc_ray.baseline_scores import BaselineRun, read_baseline
+from rc_ray.comparison import DomainScores, SystemScores, calibrate, catalogue_ranks
+from rc_ray.config import BASELINES, Experiment, System
 from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
-from rc_ray.errors import UserError
+from rc_ray.crew import Crew, EvaluationFailed, crew
+from rc_ray.probe_table import probe_table
 from rc_ray.progress import Progress
-from rc_ray.session import num_fitting, require_resources
-from rc_ray.shards import DomainRun, Shard, SystemRun, read_scores, shards_of
+from rc_ray.requests import ASKED_PROBES
+from rc_ray.shards import (
+    NUM_SHOWN,
+    CatalogueShard,
+    DomainRun,
+    SystemRun,
+    catalogue_shards,
+    read_arrays,
+    read_scores,
+    shards_of,
+)
+from rc_ray.tables import compare
+
+__all__ = ["EvaluationFailed", "run"]
 
 _ADAPTERS: dict[System, str] = {
     "base": "",
@@ -33,17 +49,11 @@ _ADAPTERS: dict[System, str] = {
 }
 """Where a system's adapter lies in the run folder."""
 
-
 _WORK = "evaluate.work"
-_PATIENCE_S = 60.0
-
-
-class EvaluationFailed(UserError):
-    """A shard could not be scored; finished shards are kept."""
 
 
 def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Path:
-    """Score, calibrate on validation users, and compare on test users, warm and cold.
+    """Score, calibrate on validation users, and compare on test users.
 
     Call inside `ray_session`.
 
@@ -53,8 +63,8 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         console: shows progress.
 
     Returns:
-        The folder with `results.parquet`, `differences.parquet`, `ranks.parquet` and
-        `calibration.json`.
+        The folder with `results.parquet`, `differences.parquet`, `probes.parquet`,
+        `ranks.parquet`, `calibration.json` and `costs.json`.
 
     Raises:
         ArtifactError: a stage before this one has not finished.
@@ -72,19 +82,24 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         return target
     start = time.monotonic()
     domains = {name: read_domain(folder.domain_dir(name)) for name in experiment.data.ingredients}
-    runs = [plan_run(experiment, folder, domain, inputs) for domain in domains.values()]
-    num_scores = score_all(experiment, runs, force=force, console=console)
+    plans = [plan(experiment, folder, domain, inputs) for domain in domains.values()]
+    if force:
+        shutil.rmtree(folder.root / _WORK, ignore_errors=True)
+    with crew(experiment, console) as actors:
+        num_scores = score_lists(plans, actors)
+        found = [_domain_scores(experiment, domains[llm.domain], llm, own) for llm, own in plans]
+        num_scores += _rank_catalogues(found, plans, actors)
+    if not num_scores:
+        console.note("every score is there already")
     seconds = time.monotonic() - start
-    tables = compare(
-        [_domain_scores(experiment, domains[run.domain], run) for run in runs],
-        experiment.evaluate,
-        experiment.seed,
-    )
+    tables = compare(found, experiment)
     with artifacts.replaced_dir(target) as work:
         pq.write_table(tables.results, work / "results.parquet")
         pq.write_table(tables.differences, work / "differences.parquet")
+        pq.write_table(probe_table(found, experiment), work / "probes.parquet")
         pq.write_table(tables.ranks, work / "ranks.parquet")
         artifacts.write_json(work / "calibration.json", tables.calibration)
+        artifacts.write_json(work / "costs.json", [*_training_costs(folder, inputs), *tables.costs])
         artifacts.write_manifest(
             work,
             stage="evaluate",
@@ -98,33 +113,38 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
                 "last_run_scores_per_s": round(num_scores / seconds, 2),
             },
         )
-    prune(folder.root / _WORK, runs)
+    prune(folder.root / _WORK, plans)
     return target
 
 
-def plan_run(
+def plan(
     experiment: Experiment, folder: RunFolder, domain: Domain, inputs: dict[str, str]
-) -> DomainRun:
-    """What is to be scored on a domain by systems that need the LLM.
+) -> tuple[DomainRun, list[BaselineRun]]:
+    """What is to be scored on a domain: by systems that need the LLM, and by baselines.
 
     A system's folder is named after everything that shapes its scores: a new ingredient makes its
     own scores and the mixes' stale, not those of the base or the spirit.
     """
     settings = experiment.evaluate
     cases = chosen_cases(experiment, domain)
+    catalogue_cases = chosen_catalogue_cases(experiment, cases)
+    common = {
+        "method": artifacts.METHOD,
+        "domain": inputs[f"data/{domain.name}"],
+        "seed": experiment.split_seed,
+        "cases": {split: [case.user_id for case in found] for split, found in cases.items()},
+    }
     systems = []
     for system in settings.systems:
-        if system == "popularity":
+        if system in BASELINES:
             continue
         adapter = _ADAPTERS[system].format(domain=domain.name)
         shaping = {
-            "method": artifacts.METHOD,
+            **common,
             "model": experiment.model.model_dump(mode="json"),
             "style": experiment.tune.style,
             "max_titles": settings.max_titles,
-            "domain": inputs[f"data/{domain.name}"],
             "adapter": inputs.get(adapter.removesuffix("/uniform"), "") + adapter,
-            "cases": {split: [case.user_id for case in found] for split, found in cases.items()},
         }
         systems.append(
             SystemRun(
@@ -133,144 +153,202 @@ def plan_run(
                 folder=folder.root / _WORK / artifacts.digest(shaping)[:16],
             )
         )
-    return DomainRun(
+    llm = DomainRun(
         domain=domain.name,
         domain_dir=folder.domain_dir(domain.name),
         cases=cases,
+        catalogue_cases=catalogue_cases,
         systems=systems,
         style=experiment.tune.style,
         max_titles=settings.max_titles,
         tokens_per_batch=settings.tokens_per_batch,
+        seed=experiment.split_seed,
+        num_top=max(NUM_SHOWN, *settings.ks),
+        max_nodes=settings.catalogue_max_nodes,
     )
+    baselines = []
+    for system in settings.systems:
+        if system not in BASELINES:
+            continue
+        for seed in recipes.baseline_seeds(experiment, system):
+            shaping = {
+                **common,
+                "seed": seed,
+                "system": system,
+                "config": recipes.baseline_config(experiment, system),
+                "ks": settings.ks,
+                "catalogue": [len(found) for found in catalogue_cases.values()],
+            }
+            baselines.append(
+                BaselineRun(
+                    system=system,
+                    domain=domain.name,
+                    domain_dir=folder.domain_dir(domain.name),
+                    cases=cases,
+                    catalogue_cases=catalogue_cases,
+                    settings=settings,
+                    seed=seed,
+                    probe_seed=experiment.split_seed,
+                    num_top=llm.num_top,
+                    folder=folder.root / _WORK / artifacts.digest(shaping)[:16],
+                )
+            )
+    return llm, baselines
 
 
-def prune(work: Path, runs: list[DomainRun]) -> None:
+def prune(work: Path, plans: Sequence[tuple[DomainRun, list[BaselineRun]]]) -> None:
     """Remove the scores that belong to none of these systems: no evaluation would read them."""
-    used = {system.folder for run in runs for system in run.systems}
+    used = {system.folder for llm, _ in plans for system in llm.systems}
+    used |= {baseline.folder for _, baselines in plans for baseline in baselines}
     for path in work.iterdir() if work.exists() else ():
         if path not in used:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def chosen_cases(experiment: Experiment, domain: Domain) -> dict[str, list[RankingCase]]:
-    """Validation, warm and cold cases that are ranked; never those of unlabeled users."""
-    settings, seed = experiment.evaluate, experiment.seed
+def chosen_cases(experiment: Experiment, domain: Domain) -> dict[str, Sequence[RankingCase]]:
+    """Cases that are ranked, by split and by probe; never those of unlabeled users."""
+    settings, seed = experiment.evaluate, experiment.split_seed
+    cases: dict[str, Sequence[RankingCase]] = {
+        "valid": sample(domain.cases("valid", "warm"), settings.num_valid_users, seed)
+    }
+    for split in ("warm", "cold", "cold_user", "few_shot"):
+        cases[split] = sample(domain.cases("test", split), settings.num_test_users, seed)
+    for probe in settings.probes:
+        if probe in ASKED_PROBES:
+            cases[probe] = sample(cases["warm"], settings.num_probe_users, seed)
+    return cases
+
+
+def chosen_catalogue_cases(
+    experiment: Experiment, cases: dict[str, Sequence[RankingCase]]
+) -> dict[str, Sequence[RankingCase]]:
+    """Those of the test cases for whom the whole catalogue is ranked, by split."""
+    num = experiment.evaluate.num_catalogue_users
+    if num == 0:
+        return {}
     return {
-        "valid": sample(domain.cases("valid", "warm"), settings.num_valid_users, seed),
-        "warm": sample(domain.cases("test", "warm"), settings.num_test_users, seed),
-        "cold": sample(domain.cases("test", "cold"), settings.num_test_users, seed),
+        split: sample(cases[split], num, experiment.split_seed)
+        for split in ("warm", "cold", "cold_user", "few_shot")
+        if cases[split]
     }
 
 
-def score_all(
-    experiment: Experiment, runs: list[DomainRun], *, force: bool, console: Progress
+def score_lists(plans: Sequence[tuple[DomainRun, list[BaselineRun]]], actors: Crew) -> int:
+    """Score every list that is not on disk; the number of (user, system) pairs scored."""
+    # The longest work first, so that no actor is left alone with it in the end.
+    baselines = sorted(
+        (one for _, baselines in plans for one in baselines),
+        key=lambda one: ("sasrec", "title_embedding", "item_knn", "popularity").index(one.system),
+    )
+    shards = [shard for llm, _ in plans if llm.systems for shard in shards_of(llm)]
+    return actors.do([*baselines, *shards], "users x systems")
+
+
+def _rank_catalogues(
+    found: list[DomainScores],
+    plans: Sequence[tuple[DomainRun, list[BaselineRun]]],
+    actors: Crew,
 ) -> int:
-    """Score every shard that is not on disk; the number of (user, system) pairs scored.
-
-    Raises:
-        EvaluationFailed: a shard failed, or its actor died more than twice.
-    """
-    if force:
-        for system in (system for run in runs for system in run.systems):
-            shutil.rmtree(system.folder, ignore_errors=True)
-    pending = [shard for run in runs for shard in shards_of(run) if shard.missing]
-    if not pending:
-        console.note("every score is there already")
-        return 0
-    import ray
-
-    from rc_ray.assets import model_dir
-    from rc_ray.shards import ShardScorer
-
-    settings = experiment.evaluate
-    require_resources(
-        "`evaluate.cpus_per_actor` and `evaluate.gpus_per_actor`",
-        cpus=settings.cpus_per_actor,
-        gpus=settings.gpus_per_actor,
-        count=settings.num_actors or 1,
-    )
-    num_actors = settings.num_actors or max(
-        1, num_fitting(settings.cpus_per_actor, settings.gpus_per_actor)
-    )
-    model = str(model_dir(experiment.model.path, console.note))
-    actor_class = ray.remote(ShardScorer).options(
-        num_cpus=settings.cpus_per_actor,
-        num_gpus=settings.gpus_per_actor,
-        max_restarts=2,
-        max_task_retries=2,
-    )
-    actors = [
-        actor_class.remote(
-            model,
-            experiment.model.path,
-            experiment.model.dtype,
-            settings.cpus_per_actor,
-            settings.gpus_per_actor > 0,
-        )
-        for _ in range(min(num_actors, len(pending)))
-    ]
-    try:
-        return _hand_out(actors, pending, console)
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+    """Rank whole catalogues by the calibrated scores; puts the results into `found`."""
+    shards: list[CatalogueShard] = []
+    for domain, (llm, _) in zip(found, plans, strict=True):
+        calibrations = {
+            name: system.calibration
+            for name, system in domain.systems.items()
+            if system.calibration is not None
+        }
+        if calibrations:
+            shards += catalogue_shards(llm, calibrations)
+    num_scores = actors.do(shards, "users x systems, whole catalogue")
+    for place, domain in enumerate(found):
+        own = [shard for shard in shards if shard.run.domain == domain.domain.name]
+        if own:
+            found[place] = _with_catalogue(domain, own)
+    return num_scores
 
 
-def _hand_out(actors: list[Any], pending: list[Shard], console: Progress) -> int:
-    """Give the shards to the actors that live: one that finds no room must not hold any."""
-    import ray
-
-    total = sum(shard.num_scores for shard in pending)
-    task = console.task("users x systems", total)
-    done = 0
-    is_told = False
-    starting = {actor.__ray_ready__.remote(): actor for actor in actors}
-    running: dict[Any, tuple[Any, Shard, int]] = {}
-
-    def give(actor: Any) -> None:
-        if pending:
-            shard = pending.pop(0)
-            running[actor.score.remote(shard)] = actor, shard, shard.num_scores
-
-    while running or pending:
-        waiting = [*running, *(starting if pending else ())]
-        found, _ = ray.wait(waiting, num_returns=1, timeout=None if running else _PATIENCE_S)
-        if not found:
-            if not is_told:
-                console.note("evaluate: its actors wait for resources that others of Ray hold")
-                is_told = True
-            continue
-        ready = found[0]
-        try:
-            answer = ray.get(ready)
-        except ray.exceptions.RayError as error:
-            answer = f"its process died: {str(error).splitlines()[0]}"
-            if ready in starting:
-                raise EvaluationFailed(f"evaluate: an actor: {answer}") from None
-        if ready in starting:
-            give(starting.pop(ready))
-            continue
-        actor, shard, num_scores = running.pop(ready)
-        if answer:
-            raise EvaluationFailed(f"evaluate: {shard.run.domain}: {answer}")
-        done += num_scores
-        task.update(done)
-        give(actor)
-    return total
-
-
-def _domain_scores(experiment: Experiment, domain: Domain, run: DomainRun) -> DomainScores:
-    log_prior = domain.log_prior()
-    systems: dict[System, SystemScores] = {}
-    if "popularity" in experiment.evaluate.systems:
-        systems["popularity"] = popularity(run.cases, log_prior)
-    for system in run.systems:
-        scores = read_scores(run, system)
-        systems[system.system] = calibration(
+def _with_catalogue(domain: DomainScores, shards: Sequence[CatalogueShard]) -> DomainScores:
+    systems = dict(domain.systems)
+    for run_of in shards[0].run.systems:
+        scores = systems[run_of.system]
+        parts: dict[str, list[dict[str, Any]]] = {}
+        for shard in shards:
+            parts.setdefault(shard.split, []).append(read_arrays(shard.path(run_of)))
+        joined = {
+            split: {
+                name: np.concatenate([part[name] for part in found])
+                for name in ("num_better", "num_tied", "top", "proved")
+            }
+            for split, found in parts.items()
+        }
+        costs = [part["cost"] for found in parts.values() for part in found]
+        proved = np.concatenate([one["proved"] for one in joined.values()])
+        cost = {
+            "what": "catalogue",
+            "num_users": len(proved),
+            "num_tokens": int(sum(cost[1] for cost in costs)),
+            "seconds": float(sum(cost[0] for cost in costs)),
+            "peak_memory_mb": float(max(cost[2] for cost in costs)),
+            "proved": float(proved.mean()),
+        }
+        ranks = catalogue_ranks({split: [one] for split, one in joined.items()})
+        systems[run_of.system] = replace(
             scores,
-            run.cases,
-            log_prior,
+            ranks={**scores.ranks, **ranks},
+            top={split: (one["top"],) for split, one in joined.items()},
+            costs=(*scores.costs, cost),
+        )
+    return replace(domain, systems=systems)
+
+
+def _domain_scores(
+    experiment: Experiment, domain: Domain, llm: DomainRun, baselines: Sequence[BaselineRun]
+) -> DomainScores:
+    systems: dict[System, SystemScores] = {}
+    for name in experiment.evaluate.systems:
+        seeds = [one for one in baselines if one.system == name]
+        if seeds:
+            systems[name] = read_baseline(seeds)
+    for system in llm.systems:
+        scores = read_scores(llm, system)
+        found = calibrate(
+            scores.by_split,
+            llm.cases,
+            domain.log_prior(),
             experiment.evaluate,
             default=(0.0, 0.0, experiment.tune.learns_with_prior),
         )
-    return DomainScores(name=domain.name, cases=run.cases, systems=systems)
+        cost = {
+            "what": "scoring",
+            "num_users": scores.num_users,
+            "num_tokens": scores.num_tokens,
+            "seconds": scores.seconds,
+            "peak_memory_mb": scores.peak_memory_mb,
+            "proved": None,
+        }
+        systems[system.system] = replace(found, costs=(cost,))
+    ordered = {name: systems[name] for name in experiment.evaluate.systems}
+    return DomainScores(domain, llm.cases, llm.catalogue_cases, ordered)
+
+
+def _training_costs(folder: RunFolder, inputs: dict[str, str]) -> list[dict[str, Any]]:
+    """What the adapters cost to make, as their manifests tell."""
+    rows = []
+    for name in inputs:
+        stage, _, domain = name.partition("/")
+        if stage not in ("spirit", "ingredients", "cocktails"):
+            continue
+        metrics = artifacts.read_json(folder.root / name / artifacts.MANIFEST).get("metrics", {})
+        rows.append(
+            {
+                "domain": domain or None,
+                "system": {"ingredients": "ingredient", "cocktails": "cocktail"}.get(stage, stage),
+                "what": "training",
+                "num_users": None,
+                "num_tokens": metrics.get("tokens"),
+                "seconds": metrics.get("seconds"),
+                "peak_memory_mb": metrics.get("peak_memory_mb"),
+                "proved": None,
+            }
+        )
+    return rows

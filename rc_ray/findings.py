@@ -6,19 +6,15 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rc_ray.artifacts import MANIFEST, RunFolder, read_json
 from rc_ray.config import Experiment
 from rc_ray.curves import read_metrics
 from rc_ray.errors import ArtifactError
-from rc_ray.verdicts import Difference, Results, Score
+from rc_ray.results import Results, read_results
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """Columns of the weight map, in the order in which a layer computes."""
@@ -55,6 +51,8 @@ class Findings:
     """Name of the adapter -> (step, training loss in nats per title)."""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Domain -> what `prepare` counted."""
+    costs: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of `costs.json`."""
 
     @property
     def command(self) -> str:
@@ -79,6 +77,7 @@ def read_findings(experiment: Experiment) -> Findings:
     losses = {"spirit": _curve(run.spirit_dir / "metrics.jsonl", "loss")}
     for domain in experiment.data.ingredients:
         losses[domain] = _curve(run.ingredient_dir(domain) / "metrics.jsonl", "loss")
+    costs = run.evaluate_dir / "costs.json"
     return Findings(
         experiment=experiment,
         results=read_results(run.evaluate_dir),
@@ -90,51 +89,8 @@ def read_findings(experiment: Experiment) -> Findings:
             for domain in experiment.data.domains
             if (run.domain_dir(domain) / MANIFEST).exists()
         },
+        costs=read_json(costs) if costs.exists() else [],
     )
-
-
-def read_results(evaluate_dir: Path) -> Results:
-    """Scores and paired differences of a finished evaluation.
-
-    Raises:
-        ArtifactError: a table is missing, damaged or lacks a column.
-    """
-    scores = {}
-    columns = ("domain", "split", "system", "metric")
-    for row in _rows(evaluate_dir / "results.parquet", (*columns, "value", "ci_low", "ci_high")):
-        key = (row["domain"], row["split"], row["system"], row["metric"])
-        scores[key] = Score(
-            value=row["value"],
-            low=row["ci_low"],
-            high=row["ci_high"],
-            num_users=row.get("num_users", 0),
-            num_candidates=row.get("num_candidates", 0),
-        )
-    differences = {}
-    pairs = ("domain", "split", "metric", "system_a", "system_b")
-    wanted = (*pairs, "difference", "ci_low", "ci_high", "num_users")
-    for row in _rows(evaluate_dir / "differences.parquet", wanted):
-        pair = (row["domain"], row["split"], row["metric"], row["system_a"], row["system_b"])
-        differences[pair] = Difference(
-            row["difference"], row["ci_low"], row["ci_high"], row["num_users"]
-        )
-    return Results(scores=scores, differences=differences)
-
-
-def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: missing; run `rc-ray evaluate` first") from None
-    except (pa.ArrowException, OSError):
-        raise ArtifactError(f"{path}: damaged; run `rc-ray evaluate --force`") from None
-    absent = [name for name in columns if name not in table.column_names]
-    if absent:
-        raise ArtifactError(
-            f"{path}: lacks the column {', '.join(absent)}; run `rc-ray evaluate --force`"
-        )
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
 
 
 def _read_mixture(folder: Path) -> Mixture:

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 
-from rc_ray import __version__, charts
-from rc_ray.config import SYSTEMS
-from rc_ray.core.metrics import METRICS
+from rc_ray import __version__, charts, page_parts
+from rc_ray.config import BASELINES
 from rc_ray.findings import Findings
-from rc_ray.status import dump
-from rc_ray.verdicts import HEADLINE, Score, sentences
+from rc_ray.page_parts import score_cell, table
+from rc_ray.requests import CATALOGUE, MAIN
+from rc_ray.verdicts import HEADLINE, sentences
 
-SPLITS = {"warm": "Items seen in training", "cold": "Items absent from all training"}
-COUNTS = (
-    ("users", "users"),
-    ("items", "items"),
-    ("cold_items", "of them cold"),
-    ("interactions", "interactions"),
-    ("unlabeled_users", "unlabeled users"),
-    ("valid_cases", "validation cases"),
-    ("test_cases", "test cases"),
-    ("cold_test_cases", "cold test cases"),
-)
-"""Keys of a prepared domain's metrics and their names in the table of data."""
+SPLITS = {
+    "warm": "Items seen in training",
+    "cold": "Items absent from all training",
+    "cold_user": "Users absent from all training",
+    "few_shot": "Users with few items",
+}
 
 
 def render(findings: Findings) -> str:
@@ -33,15 +27,18 @@ def render(findings: Findings) -> str:
     experiment = findings.experiment
     style = resources.files("rc_ray").joinpath("report.css").read_text(encoding="utf-8")
     title = f"{experiment.name}: what the run showed"
+    domains = findings.results.domains()
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="soft">{_summary(findings)}</p>',
+        _overview(findings, domains),
         _findings_list(findings),
-        *(_domain(findings, domain) for domain in findings.results.domains()),
-        _cocktails(findings),
-        _training(findings),
-        _data(findings),
-        _reproduce(findings),
+        *(_domain(findings, domain) for domain in domains),
+        page_parts.cocktails(findings),
+        page_parts.training(findings),
+        page_parts.costs(findings),
+        page_parts.data(findings),
+        page_parts.reproduce(findings),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -54,11 +51,55 @@ def render(findings: Findings) -> str:
 def _summary(findings: Findings) -> str:
     experiment = findings.experiment
     data = experiment.data
-    text = (
-        f"Base LLM {experiment.model.path}; spirit from {', '.join(data.spirit)}; "
-        f"ingredients {', '.join(data.ingredients)}; seed {experiment.seed}; rc_ray {__version__}."
+    parts = []
+    if set(findings.results.systems()) - set(BASELINES):
+        parts.append(f"Base LLM {experiment.model.path}")
+    if data.spirit:
+        parts.append(f"spirit from {', '.join(data.spirit)}")
+    parts.append(f"domains {', '.join(data.ingredients)}")
+    parts.append(f"seed {experiment.seed}; rc_ray {__version__}.")
+    return html.escape("; ".join(parts))
+
+
+def _overview(findings: Findings, domains: Sequence[str]) -> str:
+    """Systems by domain at a glance, the best of a column in bold; the names lead to the parts."""
+    if not domains:
+        return ""
+    results = findings.results
+    metric = results.deep_metric()
+    columns = [(domain, m) for domain in domains for m in dict.fromkeys((HEADLINE, metric))]
+    values = {
+        column: {
+            system: score.value
+            for system in results.systems()
+            if (score := results.score(column[0], "warm", system, column[1])) is not None
+        }
+        for column in columns
+    }
+    rows = []
+    for system in results.systems():
+        cells = []
+        for column in columns:
+            value = values[column].get(system)
+            text = "" if value is None else f"{value:.3f}"
+            best = value is not None and value == max(values[column].values())
+            cells.append(f"<b>{text}</b>" if best else text)
+        rows.append((system, cells))
+    width = len(columns) // len(domains)
+    head = "<tr><th></th>" + "".join(
+        f'<th class="group" colspan="{width}"><a href="#{_anchor(d)}">{html.escape(d)}</a></th>'
+        for d in domains
     )
-    return html.escape(text)
+    head += "</tr><tr><th>system</th>" + "".join(f"<th>{m}</th>" for _, m in columns) + "</tr>"
+    note = (
+        "Warm test users, main list of candidates; highest value in bold, which by itself "
+        "claims nothing: the findings say what is shown."
+    )
+    return f'<div class="card">{table(head, rows)}<p class="soft">{note}</p></div>'
+
+
+def _anchor(domain: str) -> str:
+    return f"on-{html.escape(domain, quote=True)}"
 
 
 def _findings_list(findings: Findings) -> str:
@@ -66,7 +107,8 @@ def _findings_list(findings: Findings) -> str:
     items = "".join(f"<li>{_prose(sentence)}</li>" for sentence in found)
     note = (
         "In brackets: 95 % bootstrap intervals over users, of differences paired by user. A claim "
-        "needs an interval without 0; several claims stand side by side without correction."
+        "needs a p-value below .05 after Holm's correction for all pairs of systems that were "
+        "compared on the same users, list and metric."
     )
     return (
         f'<h2>Findings</h2><div class="card"><ul class="findings">{items}</ul></div>'
@@ -81,16 +123,15 @@ def _prose(sentence: str) -> str:
 
 def _domain(findings: Findings, domain: str) -> str:
     results = findings.results
-    systems = [
-        system
-        for system in SYSTEMS
-        if any(k[0] == domain and k[2] == system for k in results.scores)
+    systems = results.systems(domain)
+    figures = []
+    splits = [
+        split
+        for split in SPLITS
+        if any(results.score(domain, split, system, HEADLINE) for system in systems)
     ]
-    figures, splits = [], []
-    for split, title in SPLITS.items():
+    for split in splits:
         scored = [s for s in systems if results.score(domain, split, s, HEADLINE)]
-        if not scored:
-            continue
         rows, size, count = [], 0, 0
         for system in scored:
             score = results.score(domain, split, system, HEADLINE)
@@ -104,45 +145,68 @@ def _domain(findings: Findings, domain: str) -> str:
         chart = charts.intervals(rows, reference=("chance", 1 / size) if size else None)
         caption = f"{HEADLINE} of {size} candidates, {count} users"
         figures.append(
-            f'<div class="card"><h3>{title}</h3><figure>{chart}'
+            f'<div class="card"><h3>{SPLITS[split]}</h3><figure>{chart}'
             f"<figcaption>{caption}</figcaption></figure></div>"
         )
-        splits.append(split)
-    parts = [f"<h2>Systems on <code>{html.escape(domain)}</code></h2>"]
+    parts = [f'<h2 id="{_anchor(domain)}">Systems on <code>{html.escape(domain)}</code></h2>']
     parts.append(f'<div class="grid">{"".join(figures)}</div>')
-    parts.append(_scores_table(findings, domain, systems, splits))
+    parts += [_list_table(findings, domain, name, systems) for name in results.lists(domain)]
     parts.append(_raw_table(findings, domain, systems, splits))
+    parts.append(page_parts.differences(findings, domain))
+    parts.append(page_parts.beyond_accuracy(findings, domain))
+    parts.append(page_parts.probes(findings, domain))
     return "".join(parts)
 
 
-def _scores_table(
-    findings: Findings, domain: str, systems: Sequence[str], splits: Sequence[str]
-) -> str:
+def _list_table(findings: Findings, domain: str, name: str, systems: Sequence[str]) -> str:
+    """All metrics on one list of candidates, splits side by side; the main list stands open."""
+    results = findings.results
+    metrics = results.metrics()
+    measured = {
+        split: score
+        for split in SPLITS
+        for system in systems
+        if (score := results.score(domain, split, system, metrics[0], name)) is not None
+    }
     head = "<tr><th></th>" + "".join(
-        f'<th class="group" colspan="{len(METRICS)}">{SPLITS[split]}</th>' for split in splits
+        f'<th class="group" colspan="{len(metrics)}">{SPLITS[split]} '
+        f"({score.num_users:,} users)</th>"
+        for split, score in measured.items()
     )
-    head += "</tr><tr><th>system</th>" + "".join(f"<th>{m}</th>" for _ in splits for m in METRICS)
-    rows = []
-    for system in systems:
-        cells = [
-            _score_cell(findings.results.score(domain, split, system, metric))
-            for split in splits
-            for metric in METRICS
-        ]
-        rows.append((system, cells))
-    return f'<div class="card">{_table(head + "</tr>", rows)}</div>'
+    head += "</tr><tr><th>system</th>" + "".join(f"<th>{m}</th>" for _ in measured for m in metrics)
+    rows = [
+        (
+            system,
+            [
+                score_cell(results.score(domain, split, system, metric, name))
+                for split in measured
+                for metric in metrics
+            ],
+        )
+        for system in systems
+    ]
+    size = next(iter(measured.values())).num_candidates
+    words = (
+        f"the whole catalogue, {size:,} items"
+        if name == CATALOGUE
+        else f"list <code>{html.escape(name)}</code>, {size} candidates"
+    )
+    is_open = " open" if name == MAIN else ""
+    return (
+        f'<details class="card"{is_open}><summary>All metrics, {words}</summary>'
+        f"{table(head + '</tr>', rows)}</details>"
+    )
 
 
 def _raw_table(
     findings: Findings, domain: str, systems: Sequence[str], splits: Sequence[str]
 ) -> str:
     """Calibrated beside raw: how much of a system's place is owed to the calibration."""
-    shown = ("HR@1", "NDCG@5")
+    shown = (HEADLINE, findings.results.deep_metric())
     measured = [
         system
         for system in systems
-        if system != "popularity"  # it has nothing to calibrate
-        and findings.results.score(domain, "warm", f"{system} (raw)", HEADLINE)
+        if findings.results.score(domain, "warm", f"{system} (raw)", HEADLINE)
     ]
     if not measured:
         return ""
@@ -162,100 +226,12 @@ def _raw_table(
         for split in splits:
             for metric in shown:
                 for name in (system, f"{system} (raw)"):
-                    cells.append(_score_cell(findings.results.score(domain, split, name, metric)))
+                    cells.append(score_cell(findings.results.score(domain, split, name, metric)))
         rows.append((system, cells))
     return (
-        '<div class="card"><h3>Calibrated score beside the raw likelihood</h3>'
+        '<details class="card"><summary>Calibrated score beside the raw likelihood</summary>'
         '<p class="soft">With all three chosen on validation users, the score '
         "is log p(title | history) &minus; &alpha; log p(title | empty "
         "history) + &gamma; log prior(title).</p>"
-        f"{_table(head + '</tr>', rows)}</div>"
-    )
-
-
-def _score_cell(score: Score | None) -> str:
-    if score is None:
-        return ""
-    return f'{score.value:.3f}<span class="range">{score.low:.3f}&ndash;{score.high:.3f}</span>'
-
-
-def _table(head: str, rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Rows of a name, escaped here, and cells that are HTML already."""
-    mark = {"cocktail": ' class="strong"'}
-    body = "".join(
-        f"<tr{mark.get(name, '')}><td>{html.escape(name)}</td>"
-        + "".join(f"<td>{cell}</td>" for cell in cells)
-        + "</tr>"
-        for name, cells in rows
-    )
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _cocktails(findings: Findings) -> str:
-    if not findings.mixtures:
-        return ""
-    cards = []
-    for domain, mixture in findings.mixtures.items():
-        drawn = charts.heat_map(mixture.ingredient_weights, mixture.columns(), centre=0.5)
-        values = list(mixture.ingredient_weights.values())
-        mean = sum(values) / len(values) if values else 0.5
-        cards.append(
-            f'<div class="card"><h3>Weight of the ingredient on <code>{html.escape(domain)}</code>'
-            f"</h3><figure>{drawn}<figcaption>Layers from the input down, by projection; mean "
-            f"{mean:.3f}, the spirit has the rest of 1.</figcaption></figure></div>"
-        )
-    return f'<h2>How the cocktails mix</h2><div class="grid">{"".join(cards)}</div>'
-
-
-def _training(findings: Findings) -> str:
-    """Loss and entropy curves side by side."""
-    mixtures = findings.mixtures.items()
-    curves = (
-        (
-            "Training loss",
-            charts.lines(findings.losses, x_label="step", y_label="loss (nats per title)"),
-            "Base spirit and ingredients, on their own domains' titles.",
-        ),
-        (
-            "Entropy while the weights are learned",
-            charts.lines(
-                {domain: mixture.entropy for domain, mixture in mixtures},
-                x_label="step",
-                y_label="entropy (nats)",
-            ),
-            "Mean entropy of the next title over the catalogue, on unlabeled prompts of users "
-            "that are never scored.",
-        ),
-    )
-    cards = [
-        f'<div class="card"><h3>{title}</h3><figure>{drawn}'
-        f"<figcaption>{caption}</figcaption></figure></div>"
-        for title, drawn, caption in curves
-        if drawn
-    ]
-    return f'<h2>Training and merging</h2><div class="grid">{"".join(cards)}</div>' if cards else ""
-
-
-def _data(findings: Findings) -> str:
-    if not findings.data:
-        return ""
-    columns = [(k, n) for k, n in COUNTS if any(k in one for one in findings.data.values())]
-    head = "<tr><th>domain</th><th>role</th>" + "".join(f"<th>{n}</th>" for _, n in columns)
-    rows = []
-    for domain, counts in findings.data.items():
-        role = "spirit" if domain in findings.experiment.data.spirit else "ingredient"
-        cells = [role, *(_count(counts.get(key)) for key, _ in columns)]
-        rows.append((domain, cells))
-    return f'<h2>Data</h2><div class="card">{_table(head + "</tr>", rows)}</div>'
-
-
-def _count(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else ""
-
-
-def _reproduce(findings: Findings) -> str:
-    return (
-        f'<h2>Run it again</h2><div class="card"><pre>{html.escape(findings.command)}</pre>'
-        "<details><summary>the resolved experiment file</summary>"
-        f"<pre>{html.escape(dump(findings.experiment))}</pre></details></div>"
+        f"{table(head + '</tr>', rows)}</details>"
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from rc_ray import __version__, artifacts
 from rc_ray.artifacts import RunFolder
-from rc_ray.config import Experiment
+from rc_ray.config import OF_THE_SPIRIT, Experiment, System
 from rc_ray.curves import shaping_config
 
 _EXECUTION: dict[str, set[str]] = {
@@ -74,6 +74,42 @@ def cocktail(experiment: Experiment, domain: str) -> Recipe:
         },
         ("spirit", f"ingredients/{domain}", f"data/{domain}"),
     )
+
+
+def stages_needed(experiment: Experiment) -> set[str]:
+    """The stages that the systems under comparison need."""
+    systems = set(experiment.evaluate.systems)
+    needed = {"prepare", "evaluate", "report"}
+    if systems & set(OF_THE_SPIRIT):
+        needed.add("train")
+    if systems & {"ingredient", "uniform", "cocktail"}:
+        needed.add("tune")
+    if systems & {"uniform", "cocktail"}:
+        needed.add("merge")
+    return needed
+
+
+def baseline_config(experiment: Experiment, system: System) -> dict[str, Any]:
+    """The settings that shape a baseline's scores."""
+    settings = experiment.evaluate
+    match system:
+        case "item_knn":
+            return settings.item_knn.model_dump(mode="json")
+        case "sasrec":
+            return settings.sasrec.model_dump(mode="json")
+        case "title_embedding":
+            return {
+                **settings.title_embedding.model_dump(mode="json"),
+                "model": experiment.model.model_dump(mode="json"),
+            }
+        case _:
+            return {}
+
+
+def baseline_seeds(experiment: Experiment, system: System) -> tuple[int, ...]:
+    """The seeds that a baseline is trained with; more than one only where chance has a part."""
+    num = experiment.evaluate.num_seeds if system == "sasrec" else 1
+    return tuple(experiment.seed + place for place in range(num))
 
 
 def evaluation(experiment: Experiment) -> Recipe:

@@ -8,11 +8,11 @@ from rich import box
 from rich.table import Table
 
 from rc_ray import artifacts, page, recipes
-from rc_ray.config import SYSTEMS, Experiment
-from rc_ray.core.metrics import METRICS
+from rc_ray.config import Experiment
 from rc_ray.findings import Findings, read_findings
 from rc_ray.progress import Progress
-from rc_ray.verdicts import Results, Score, sentences
+from rc_ray.results import Results, Score
+from rc_ray.verdicts import HEADLINE, sentences
 
 
 def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Path:
@@ -47,44 +47,53 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
 
 
 def markdown(findings: Findings) -> str:
-    """The findings and the table of systems as Markdown."""
+    """The findings and the tables of systems as Markdown."""
     experiment, results = findings.experiment, findings.results
+    metrics = results.metrics()
     lines = [f"# {experiment.name}", ""]
     lines += [f"- {one}" for one in sentences(results, experiment.data.ingredients)]
     lines += ["", "In brackets: 95 % bootstrap intervals over users.", ""]
     for domain in results.domains():
-        for split in ("warm", "cold"):
-            rows = [
-                (name, scores)
-                for system in SYSTEMS
-                for name in (system, f"{system} (raw)")
-                if name != "popularity (raw)"  # the same numbers again
-                if any(scores := [results.score(domain, split, name, m) for m in METRICS])
-            ]
-            if not rows:
-                continue
-            lines += [f"## {domain}, {split}", "", f"| system | {' | '.join(METRICS)} |"]
-            lines.append("|---" * (1 + len(METRICS)) + "|")
-            lines += [f"| {name} | {' | '.join(map(_cell, scores))} |" for name, scores in rows]
-            lines.append("")
+        for split in page.SPLITS:
+            for candidates in results.lists(domain):
+                rows = [
+                    (name, scores)
+                    for system in results.systems(domain)
+                    for name in (system, f"{system} (raw)")
+                    if any(
+                        scores := [
+                            results.score(domain, split, name, metric, candidates)
+                            for metric in metrics
+                        ]
+                    )
+                ]
+                if not rows:
+                    continue
+                lines += [f"## {domain}, {split}, {candidates}", ""]
+                lines.append(f"| system | {' | '.join(metrics)} |")
+                lines.append("|---" * (1 + len(metrics)) + "|")
+                lines += [f"| {name} | {' | '.join(map(_cell, scores))} |" for name, scores in rows]
+                lines.append("")
     lines += ["```", findings.command, "```", ""]
     return "\n".join(lines)
 
 
 def summary_table(results: Results) -> Table:
-    """Systems by HR@1 and NDCG@5 with intervals, a pair of columns per domain, warm split."""
+    """Systems by two metrics with intervals, a pair of columns per domain, warm split."""
     table = Table(
         title="Test users, items seen in training: value [95 % interval]",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        # Two domains fit a terminal of 80 columns, though names are long.
+        padding=(0, 1, 0, 0),
     )
     table.add_column("system", no_wrap=True)
-    shown = ("HR@1", "NDCG@5")
+    shown = (HEADLINE, results.deep_metric())
     for domain in results.domains():
         for metric in shown:
             table.add_column(f"{domain}\n{metric}", justify="right", no_wrap=True)
-    for system in SYSTEMS:
+    for system in results.systems():
         scores = [results.score(d, "warm", system, m) for d in results.domains() for m in shown]
         if any(scores):
             style = "bold" if system == "cocktail" else None

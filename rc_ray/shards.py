@@ -1,35 +1,41 @@
 """Shards of an evaluation: some users of one domain, scored once under each system, kept on disk.
 
-Letters: N users of a shard, C candidates, I items.
+Letters: N users of a shard, C candidates of all their lists, I items, K items shown.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
-import traceback
-from collections.abc import Sequence
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from rc_ray.config import System
-from rc_ray.core.adapters import Adapter, first_adapted_layer, load_adapter
-from rc_ray.core.domains import Domain, RankingCase, read_domain
-from rc_ray.core.model import LanguageModel, choose_dtype, load_language_model
-from rc_ray.core.prompts import PromptRenderer, Style
-from rc_ray.core.ranking import Ranker
-from rc_ray.engines import local_model_dir, prepare_process
-from rc_ray.errors import ArtifactError, UserError
+from rc_ray.artifacts import digest
+from rc_ray.config import Probe, System
+from rc_ray.core.domains import RankingCase
+from rc_ray.core.prompts import Style
+from rc_ray.errors import ArtifactError
+from rc_ray.requests import ASKED_PROBES, flat_candidates
 
 USERS_PER_SHARD = 16
 EMPTY = "empty"
 """The shard of the empty history: every item once, no users."""
+EMPTY_MASKED = "empty_masked"
+"""The same with made-up titles."""
+NUM_SHOWN = 10
+"""K of the lists by which coverage and the like are judged."""
 
 Floats = npt.NDArray[np.float32]
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -45,16 +51,22 @@ class SystemRun:
 
 @dataclass(frozen=True)
 class DomainRun:
-    """All that is scored on one domain."""
+    """All that the LLM scores on one domain."""
 
     domain: str
     domain_dir: Path
-    cases: dict[str, list[RankingCase]] = field(repr=False)
-    """By split: valid, warm, cold."""
+    cases: dict[str, Sequence[RankingCase]] = field(repr=False)
+    """By split: valid, warm, cold ..., and by probe."""
+    catalogue_cases: dict[str, Sequence[RankingCase]] = field(repr=False)
+    """By split: for whom the whole catalogue is ranked."""
     systems: list[SystemRun]
     style: Style
     max_titles: int
     tokens_per_batch: int
+    seed: int = 0
+    num_top: int = NUM_SHOWN
+    """Items that a catalogue ranking finds."""
+    max_nodes: int = 4096
 
 
 @dataclass(frozen=True)
@@ -66,11 +78,15 @@ class Shard:
     start: int
 
     @property
-    def cases(self) -> list[RankingCase]:
+    def cases(self) -> Sequence[RankingCase]:
         return self.run.cases.get(self.split, [])[self.start : self.start + USERS_PER_SHARD]
 
+    @property
+    def probe(self) -> Probe | None:
+        return next((probe for probe in ASKED_PROBES if probe == self.split), None)
+
     def path(self, system: SystemRun) -> Path:
-        return system.folder / f"{self.split}-{self.start:07d}.npy"
+        return system.folder / f"{self.split}-{self.start:07d}.npz"
 
     @property
     def missing(self) -> list[SystemRun]:
@@ -82,145 +98,172 @@ class Shard:
         """(user, system) pairs that are missing."""
         return len(self.cases) * len(self.missing)
 
+    @property
+    def label(self) -> str:
+        return self.run.domain
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The settings of a system's score that validation users chose."""
+
+    alpha: float
+    gamma: float
+    prior_in_trie: bool
+
+
+@dataclass(frozen=True)
+class CatalogueShard:
+    """Some cases of one split for whom each system ranks the whole catalogue."""
+
+    run: DomainRun
+    split: str
+    start: int
+    calibrations: Mapping[System, Calibration]
+
+    @property
+    def cases(self) -> Sequence[RankingCase]:
+        return self.run.catalogue_cases[self.split][self.start : self.start + USERS_PER_SHARD]
+
+    def path(self, system: SystemRun) -> Path:
+        chosen = self.calibrations[system.system]
+        mark = digest(
+            [chosen.alpha, chosen.gamma, chosen.prior_in_trie, self.run.num_top, self.run.max_nodes]
+            + [case.user_id for case in self.cases]
+        )
+        return system.folder / f"catalogue-{self.split}-{self.start:07d}-{mark[:8]}.npz"
+
+    @property
+    def missing(self) -> list[SystemRun]:
+        return [system for system in self.run.systems if not self.path(system).exists()]
+
+    @property
+    def num_scores(self) -> int:
+        return len(self.cases) * len(self.missing)
+
+    @property
+    def label(self) -> str:
+        return f"{self.run.domain}, whole catalogue"
+
 
 def shards_of(run: DomainRun) -> list[Shard]:
     """Every shard of a domain; the empty history's first, since it is the longest."""
     shards = [Shard(run, EMPTY, 0)]
+    if "masked_titles" in run.cases:
+        shards.append(Shard(run, EMPTY_MASKED, 0))
     for split, cases in run.cases.items():
         shards += [Shard(run, split, start) for start in range(0, len(cases), USERS_PER_SHARD)]
     return shards
 
 
-def read_scores(run: DomainRun, system: SystemRun) -> dict[str, Floats]:
-    """The scores of a finished system: (1, 2, I) under `empty`, (N, 2, C) by split.
+def catalogue_shards(
+    run: DomainRun, calibrations: Mapping[System, Calibration]
+) -> list[CatalogueShard]:
+    """Every shard of a domain's catalogue rankings."""
+    return [
+        CatalogueShard(run, split, start, calibrations)
+        for split, cases in run.catalogue_cases.items()
+        for start in range(0, len(cases), USERS_PER_SHARD)
+    ]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the LLM said under one system."""
+
+    by_split: dict[str, Floats]
+    """(1, 2, I) under `empty` and `empty_masked`, (N, 2, C) by split, (N, 2, C of main) by probe;
+    splits without cases are absent."""
+    seconds: float
+    num_tokens: int
+    peak_memory_mb: float
+    num_users: int
+
+
+def read_scores(run: DomainRun, system: SystemRun) -> Scores:
+    """The scores of a finished system.
 
     Raises:
         ArtifactError: a shard is missing or damaged.
     """
-    found: dict[str, list[Floats]] = {split: [] for split in (EMPTY, *run.cases)}
+    found: dict[str, list[Floats]] = {}
+    costs = []
     for shard in shards_of(run):
         path = shard.path(system)
-        try:
-            scores = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            raise ArtifactError(
-                f"{path}: missing or damaged; delete it and evaluate again"
-            ) from None
+        arrays = read_arrays(path)
+        if not {"scores", "cost"} <= arrays.keys():
+            raise ArtifactError(f"{path}: holds no scores; delete it and evaluate again")
+        scores = arrays["scores"]
         if not _fits(scores, shard):
             raise ArtifactError(
                 f"{path}: holds scores of shape {scores.shape} for {len(shard.cases)} users; "
                 "delete it and evaluate again"
             )
-        found[shard.split].append(scores)
-    return {
-        split: np.concatenate(parts) if parts else np.zeros((0, 2, 1), np.float32)
-        for split, parts in found.items()
-    }
+        found.setdefault(shard.split, []).append(scores)
+        costs.append((*arrays["cost"], len(shard.cases)))
+    seconds, tokens, memory, users = zip(*costs, strict=True)
+    return Scores(
+        by_split={split: np.concatenate(parts) for split, parts in found.items()},
+        seconds=float(sum(seconds)),
+        num_tokens=int(sum(tokens)),
+        peak_memory_mb=float(max(memory)),
+        num_users=sum(users),
+    )
 
 
-def _fits(scores: Floats, shard: Shard) -> bool:
-    if shard.split == EMPTY:
-        return scores.ndim == 3 and scores.shape[:2] == (1, 2)
-    return scores.shape == (len(shard.cases), 2, len(shard.cases[0].candidates))
+def read_arrays(path: Path) -> Arrays:
+    """A file that `write_arrays` wrote.
 
-
-class ShardScorer:
-    """A process with one base LLM; the Ray actor of the evaluation.
-
-    Decoder layers that none of a domain's adapters change are run once for all its systems.
-
-    Args:
-        model_dir: folder of the base LLM on the driver.
-        model_path: the base LLM as the config names it, which the adapters must be of.
-        dtype: as in the config.
-        num_cpus: threads.
-        use_gpu: score on the GPU that Ray gave this process.
+    Raises:
+        ArtifactError: it is missing or damaged.
     """
-
-    def __init__(
-        self, model_dir: str, model_path: str, dtype: str, num_cpus: float, use_gpu: bool
-    ) -> None:
-        prepare_process(num_cpus)
-        self._model_dir = model_dir
-        self._model_path = model_path
-        self._dtype = dtype
-        self._device = "cuda" if use_gpu else "cpu"
-        self._loaded: LanguageModel | None = None
-        self._domain: Domain | None = None
-        self._ranker: Ranker | None = None
-        self._adapters: dict[System, Adapter] = {}
-
-    def score(self, shard: Shard) -> str | None:
-        """Write what is missing of a shard; returns what is wrong where no retry would help."""
-        try:
-            lm = self._language_model()
-            ranker, domain = self._prepare(shard.run, lm)
-            histories, listed = _requests(shard, domain)
-            prepared = ranker.prepare(
-                histories,
-                listed,
-                shared_layers=first_adapted_layer(list(self._adapters.values())),
-            )
-            for system in shard.missing:
-                with torch.no_grad(), lm.folded(self._adapters.get(system.system)):
-                    scores = torch.stack(ranker.score(prepared)).cpu().numpy()  # (N, 2, C)
-                if not np.isfinite(scores).all():
-                    return f"{system.system}: a score is not finite; check its training loss"
-                _write(shard.path(system), scores)
-        except UserError as error:
-            return str(error)
-        except Exception as error:
-            traceback.print_exc()  # into the worker's log
-            return f"{type(error).__name__}: {error}"
-        return None
-
-    def _language_model(self) -> LanguageModel:
-        """Loaded at the first shard rather than at the start, where Ray would hide the reason."""
-        if self._loaded is None:
-            self._loaded = load_language_model(
-                local_model_dir(self._model_dir, self._model_path),
-                choose_dtype(self._dtype, self._device),
-                self._device,
-            )
-        return self._loaded
-
-    def _prepare(self, run: DomainRun, lm: LanguageModel) -> tuple[Ranker, Domain]:
-        """The domain's catalogue and adapters, kept until another domain's turn."""
-        if self._domain is None or self._ranker is None or self._domain.name != run.domain:
-            self._domain = None
-            domain = read_domain(run.domain_dir)
-            self._adapters = {
-                system.system: load_adapter(system.adapter_dir, self._model_path)
-                for system in run.systems
-                if system.adapter_dir is not None
-            }
-            self._ranker = Ranker(
-                lm,
-                run.domain,
-                domain.titles,
-                domain.num_train,
-                PromptRenderer(lm.tokenizer, run.style),
-                max_titles=run.max_titles,
-                tokens_per_batch=run.tokens_per_batch,
-            )
-            self._domain = domain
-        return self._ranker, self._domain
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        raise ArtifactError(f"{path}: missing or damaged; delete it and evaluate again") from None
 
 
-def _requests(shard: Shard, domain: Domain) -> tuple[list[list[str]], list[Sequence[int]]]:
-    if shard.split == EMPTY:
-        return [[]], [range(len(domain.titles))]
-    histories = [[domain.titles[item] for item in case.history] for case in shard.cases]
-    return histories, [case.candidates for case in shard.cases]
-
-
-def _write(path: Path, scores: Floats) -> None:
+def write_arrays(path: Path, **arrays: npt.ArrayLike) -> None:
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            np.save(file, scores)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+class Stopwatch:
+    """Seconds and memory of a piece of work, as a `cost` array holds them."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the start or the last lap."""
+        now = time.perf_counter()
+        self._start, passed = now, now - self._start
+        return passed
+
+    @staticmethod
+    def peak_memory_mb() -> float:
+        """The most that this process ever held."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def batched(cases: Sequence[RankingCase], size: int) -> Iterator[Sequence[RankingCase]]:
+    """Cases in blocks of at most `size`."""
+    for start in range(0, len(cases), size):
+        yield cases[start : start + size]
+
+
+def _fits(scores: Floats, shard: Shard) -> bool:
+    if shard.split in (EMPTY, EMPTY_MASKED):
+        return scores.ndim == 3 and scores.shape[:2] == (1, 2)
+    first = shard.cases[0]
+    width = len(first.candidates) if shard.probe else len(flat_candidates(first))
+    return scores.shape == (len(shard.cases), 2, width)

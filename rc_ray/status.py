@@ -16,7 +16,7 @@ from rc_ray.core.sources import domain_names
 from rc_ray.errors import ArtifactError
 from rc_ray.prepare import fingerprint_config
 
-State = Literal["finished", "stale", "missing"]
+State = Literal["finished", "stale", "missing", "unneeded"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class StageStatus:
     stage: str
     state: State
     detail: str
-    """What is missing or stale, one reason for each folder; "" for a finished stage."""
+    """What is missing or stale, one reason for each folder; "" for a finished stage, and for one
+    that no compared system needs."""
 
 
 def dump(experiment: Experiment) -> str:
@@ -61,6 +62,8 @@ def read_status(experiment: Experiment) -> list[StageStatus]:
         details = [f"not there: {', '.join(missing)}"] if missing else []
         details += old
         state: State = "missing" if missing else "stale" if old else "finished"
+        if missing and stage not in recipes.stages_needed(experiment):
+            state, details = "unneeded", []
         result.append(StageStatus(stage, state, "; ".join(details)))
     return result
 
@@ -74,7 +77,8 @@ def _reasons(
     except (ArtifactError, KeyError, TypeError):
         yield "its manifest is damaged"
         return
-    if seed != experiment.seed:
+    is_data = folder == run.domain_dir(folder.name)
+    if seed != (experiment.split_seed if is_data else experiment.seed):
         yield f"made with seed {seed}"
     config, reads = _wanted(experiment, run, folder)
     for name, digest in inputs.items():
@@ -82,6 +86,8 @@ def _reasons(
         if source in stale:
             yield f"{name} is stale"
         elif (source / MANIFEST).exists() and sha256_file(source / MANIFEST) != digest:
+            yield f"{name} has changed"
+        elif source.is_file() and sha256_file(source) != digest:
             yield f"{name} has changed"
     if reads is not None:
         for name in sorted(set(reads) ^ set(inputs)):

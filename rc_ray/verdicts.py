@@ -1,18 +1,19 @@
-"""What a run showed, in sentences: every claim rests on a paired interval that excludes 0."""
+"""What a run showed, in sentences: every claim rests on a corrected test between paired users."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
-Outcome = Literal["beats", "ties", "loses"]
+from rc_ray.config import BASELINES
+from rc_ray.requests import CATALOGUE, MAIN
+from rc_ray.results import Difference, Outcome, Results
 
 HEADLINE = "HR@1"
-MIN_USERS = 20
-"""With fewer no difference is called one."""
 NAMES = {
     "popularity": "popularity",
+    "item_knn": "item k-nearest neighbours",
+    "sasrec": "SASRec",
+    "title_embedding": "title embeddings",
     "base": "the base LLM",
     "spirit": "the base spirit",
     "ingredient": "the ingredient",
@@ -22,71 +23,19 @@ NAMES = {
 """Systems as sentences name them."""
 MERGE_CONTROLS = ("ingredient", "uniform", "spirit")
 """What a learned merge has to beat to be worth its while."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A metric of one system on one split, with its bootstrap interval over users."""
-
-    value: float
-    low: float
-    high: float
-    num_users: int
-    num_candidates: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """System a minus system b over the same users."""
-
-    value: float
-    low: float
-    high: float
-    num_users: int
-
-    @property
-    def is_told_by_too_few(self) -> bool:
-        """Whether a bootstrap over so few users promises more than it can hold."""
-        return self.num_users < MIN_USERS
-
-    @property
-    def outcome(self) -> Outcome:
-        """`ties` when the interval holds 0, or users are too few: no difference was shown."""
-        if self.is_told_by_too_few:
-            return "ties"
-        if self.low > 0:
-            return "beats"
-        return "loses" if self.high < 0 else "ties"
-
-    def reversed(self) -> Difference:
-        """System b minus system a."""
-        return Difference(-self.value, -self.high, -self.low, self.num_users)
-
-
-@dataclass(frozen=True)
-class Results:
-    """All scores and paired differences of one run."""
-
-    scores: Mapping[tuple[str, str, str, str], Score]
-    """By (domain, split, system, metric); raw scores under `<system> (raw)`."""
-    differences: Mapping[tuple[str, str, str, str, str], Difference]
-    """By (domain, split, metric, system a, system b)."""
-
-    def score(self, domain: str, split: str, system: str, metric: str) -> Score | None:
-        """One score, or None where it was not measured."""
-        return self.scores.get((domain, split, system, metric))
-
-    def difference(self, domain: str, split: str, metric: str, a: str, b: str) -> Difference | None:
-        """A minus b, whichever way round it was stored, or None where it was not measured."""
-        found = self.differences.get((domain, split, metric, a, b))
-        if found is not None:
-            return found
-        found = self.differences.get((domain, split, metric, b, a))
-        return found.reversed() if found is not None else None
-
-    def domains(self) -> list[str]:
-        """Scored domains in order of first appearance."""
-        return list(dict.fromkeys(key[0] for key in self.scores))
+SUBJECTS = {
+    "warm": "",
+    "cold": "and items absent from all training ",
+    "cold_user": "and users absent from all training ",
+    "few_shot": "and users with few items ",
+}
+"""How sentences name a split, after the domain."""
+PROBES = {
+    "shuffled_history": "With the history shuffled",
+    "permuted_candidates": "With the candidates in another order",
+    "popularity_negatives": "Against popular negatives",
+    "masked_titles": "With made-up names for titles",
+}
 
 
 def overall(results: Results, domains: Sequence[str]) -> str:
@@ -115,18 +64,25 @@ def _tuned_beats_plain(results: Results, domain: str) -> bool:
 
 
 def standing(
-    results: Results, domain: str, system: str, others: Sequence[str], *, split: str = "warm"
+    results: Results,
+    domain: str,
+    system: str,
+    others: Sequence[str],
+    *,
+    split: str = "warm",
+    candidates: str = MAIN,
+    metric: str = HEADLINE,
 ) -> str | None:
-    """One system against others on the headline metric, e.g. "On `x` the cocktail (...) beats ...".
+    """One system against others on a metric, e.g. "On `x` the cocktail (...) beats ...".
 
     Returns None where the system was not scored or nothing was compared with it.
     """
-    score = results.score(domain, split, system, HEADLINE)
+    score = results.score(domain, split, system, metric, candidates)
     if score is None:
         return None
     groups: dict[Outcome, list[str]] = {"beats": [], "ties": [], "loses": []}
     for other in others:
-        found = results.difference(domain, split, HEADLINE, system, other)
+        found = results.difference(domain, split, metric, system, other, candidates)
         if found is not None:
             text = f"{NAMES.get(other, other)} ({_signed(found)})"
             groups[found.outcome].append(text)
@@ -139,10 +95,10 @@ def standing(
         clauses.append(f"shows no difference from {_listed(groups['ties'])}")
     if not clauses:
         return None
-    subject = NAMES.get(system, system)
-    if split == "cold":
-        subject = f"and items absent from all training {subject}"
-    value = f"HR@1 {score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+    subject = SUBJECTS[split] + NAMES.get(system, system)
+    if candidates == CATALOGUE:
+        subject = f"and its whole catalogue of {score.num_candidates:,} items {subject}"
+    value = f"{metric} {score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
     return f"On `{domain}` {subject} ({value}) {'; it '.join(clauses)}."
 
 
@@ -170,28 +126,109 @@ def merge_verdict(results: Results, domain: str) -> str | None:
     return f"The merge did not win on `{domain}`: no gain over {_listed(tied)} is shown."
 
 
+def best_system(
+    results: Results, domain: str, systems: Sequence[str], metric: str, candidates: str = MAIN
+) -> str | None:
+    """The system with the highest value on warm test users, whether or not that means anything."""
+    found = {
+        system: score.value
+        for system in systems
+        if (score := results.score(domain, "warm", system, metric, candidates)) is not None
+    }
+    return max(found, key=lambda system: found[system]) if found else None
+
+
+def probe_sentences(results: Results, domain: str) -> list[str]:
+    """What each probe did to one system: the cocktail, or what stands nearest to it."""
+    found = []
+    for probe, words in PROBES.items():
+        asked = [
+            s for s in results.systems(domain) if (domain, s, probe, HEADLINE) in results.probes
+        ]
+        if not asked:
+            continue
+        one = results.probes[domain, asked[-1], probe, HEADLINE]
+        name = NAMES[asked[-1]]
+        told = {"beats": "gains", "loses": "loses", "ties": "shows no difference"}
+        verb = told[one.difference.outcome]
+        found.append(f"{words} {name} {verb} on `{domain}` ({_signed(one.difference)} {HEADLINE}).")
+    return found
+
+
 def sentences(results: Results, domains: Sequence[str]) -> list[str]:
     """The findings on the ingredient domains, the most important first."""
     scored = [domain for domain in domains if domain in results.domains()]
     if not scored:
         return ["No ingredient domain was scored."]
+    if set(results.systems()) <= set(BASELINES):
+        return _of_baselines(results, scored)
     found: list[str | None] = [overall(results, scored)]
+    others = ("popularity", "item_knn", "sasrec", "title_embedding", "base", "spirit")
+    controls = (*others, "ingredient", "uniform")
     for domain in scored:
-        others = ("popularity", "base", "spirit", "ingredient", "uniform")
-        found.append(standing(results, domain, "cocktail", others))
+        found.append(standing(results, domain, "cocktail", controls))
         found.append(merge_verdict(results, domain))
-        found.append(standing(results, domain, "ingredient", ("popularity", "base", "spirit")))
-        found.append(standing(results, domain, "cocktail", others[:4], split="cold"))
+        found.append(standing(results, domain, "ingredient", others))
+        for split in ("cold", "cold_user", "few_shot"):
+            found.append(standing(results, domain, "cocktail", controls[:-1], split=split))
+        found.append(_of_catalogue(results, domain))
+        found += probe_sentences(results, domain)
     return [sentence for sentence in found if sentence is not None]
 
 
 def in_short(results: Results, domains: Sequence[str]) -> list[str]:
     """Whether tuning paid and which merges won, without the figures."""
     scored = [domain for domain in domains if domain in results.domains()]
-    if not scored:
+    if not scored or set(results.systems()) <= set(BASELINES):
         return sentences(results, domains)
-    found = [overall(results, scored), *(merge_verdict(results, domain) for domain in scored)]
+    found: list[str | None] = [overall(results, scored)]
+    found += [_against_baselines(results, domain) for domain in scored]
+    found += [merge_verdict(results, domain) for domain in scored]
     return [sentence for sentence in found if sentence is not None]
+
+
+def _against_baselines(results: Results, domain: str) -> str | None:
+    """Whether the best LLM system beats the best baseline, without the figures."""
+    own = [system for system in results.systems(domain) if system not in BASELINES]
+    best = best_system(results, domain, own, HEADLINE)
+    rival = best_system(results, domain, ("item_knn", "sasrec", "title_embedding"), HEADLINE)
+    if best is None or rival is None:
+        return None
+    found = results.difference(domain, "warm", HEADLINE, best, rival)
+    if found is None:
+        return None
+    verb = {"beats": "beats", "loses": "loses to", "ties": "shows no difference from"}
+    return (
+        f"On `{domain}` the best LLM system, {NAMES[best]}, {verb[found.outcome]} the best "
+        f"baseline that learns, {NAMES[rival]}."
+    )
+
+
+def _of_catalogue(results: Results, domain: str) -> str | None:
+    """The best LLM system on the whole catalogue against the baselines."""
+    metric = results.deep_metric()
+    own = [system for system in results.systems(domain) if system not in BASELINES]
+    best = best_system(results, domain, own, metric, CATALOGUE)
+    if best is None:
+        return None
+    return standing(results, domain, best, BASELINES, candidates=CATALOGUE, metric=metric)
+
+
+def _of_baselines(results: Results, domains: Sequence[str]) -> list[str]:
+    """The best of each domain against the others; nothing here was trained on many domains."""
+    found: list[str | None] = []
+    metric = results.deep_metric()
+    for domain in domains:
+        systems = results.systems(domain)
+        for candidates in (MAIN, CATALOGUE):
+            best = best_system(results, domain, systems, metric, candidates)
+            others = [system for system in systems if system != best]
+            if best is not None:
+                found.append(
+                    standing(results, domain, best, others, candidates=candidates, metric=metric)
+                )
+    told = [sentence for sentence in found if sentence is not None]
+    return told or ["One system was scored, so nothing was compared."]
 
 
 def _signed(difference: Difference) -> str:

@@ -6,8 +6,11 @@ import errno
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
@@ -23,14 +26,20 @@ from tests.tiny import make_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
-    "prepare train tune merge evaluate report run serve rank show assets demo".split()  # noqa: SIM905
+    "import prepare train tune merge evaluate report run serve rank show assets demo".split()  # noqa: SIM905
 )
 BROKEN = {
     "an unknown key": ("train: {lerning_rate: 0.1}", "unknown field `train.lerning_rate`"),
     "a wrong value": ("train: {num_steps: none}", "`train.num_steps`"),
     "an odd batch": ("train: {batch_size: 5, num_workers: 2}", "not divisible"),
     "no YAML": ("train: [", "not valid YAML"),
+    "cut-offs out of order": ("evaluate: {ks: [5, 1]}", "`ks` must rise"),
+    "a probe without its list": (
+        "evaluate: {probes: [popularity_negatives]}",
+        "add `data.more_candidates: {popular: {negatives: popularity, num_negatives: 19}}`",
+    ),
 }
+BASELINES_ALONE = ("data.spirit=[]", "evaluate.systems=[popularity,item_knn]")
 
 
 def call(*arguments: str) -> Result:
@@ -252,6 +261,107 @@ def test_what_the_system_refuses_is_one_plain_line(
     assert told in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert call("prepare", str(path), "--verbose").exception is error
+
+
+def test_run_leaves_out_what_no_system_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_experiment(tmp_path)
+    ran: list[str] = []
+    monkeypatch.setattr("rc_ray.cli._session", lambda *_: nullcontext())
+    monkeypatch.setattr("rc_ray.cli._run_each", lambda stages, *_: ran.extend(stages))
+    overrides = [word for one in BASELINES_ALONE for word in ("--set", one)]
+    result = call("run", str(path), *overrides)
+    assert result.exit_code == 0, result.output
+    assert ran == ["prepare", "evaluate", "report"]
+    ran.clear()
+    assert call("run", str(path), "--set", "evaluate.systems=[base,ingredient]").exit_code == 0
+    assert ran == ["prepare", "tune", "evaluate", "report"]
+    ran.clear()
+    assert call("run", str(path)).exit_code == 0
+    assert ran == ["prepare", "train", "tune", "merge", "evaluate", "report"]
+
+
+def test_a_spirit_cannot_be_trained_on_nothing(tmp_path: Path) -> None:
+    overrides = [word for one in BASELINES_ALONE for word in ("--set", one)]
+    result = call("train", str(make_experiment(tmp_path)), *overrides)
+    assert result.exit_code == 2
+    assert result.stderr == "error: `data.spirit` names no domain, so there is nothing to train\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.spirit=[]", "names spirit, uniform, cocktail, made from a base spirit, but"),
+        ("data.more_candidates={main: {num_negatives: 3}}", "names main and catalogue are taken"),
+        ("evaluate.num_catalogue_users=null", "set `evaluate.num_catalogue_users: 0`"),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_told(
+    override: str, words: str, tmp_path: Path
+) -> None:
+    path = make_experiment(tmp_path, train={"style": "instruct"}, tune={"style": "instruct"})
+    result = call("run", str(path), "--set", override)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_show_knows_what_nobody_needs(tmp_path: Path) -> None:
+    experiment = load(make_experiment(tmp_path), BASELINES_ALONE)
+    states = {one.stage: one.state for one in read_status(experiment)}
+    assert states["train"] == states["tune"] == states["merge"] == "unneeded"
+    assert states["prepare"] == states["evaluate"] == "missing"
+
+
+def test_seeds_share_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three seeds, three runs, one split; the summary is worked by hand."""
+    path = make_experiment(tmp_path)
+    seen: list[Experiment] = []
+
+    def run_each(stages: list[str], experiment: Experiment, *_: object) -> None:
+        if stages == ["report"]:
+            seen.append(experiment)
+            value = {3: 0.1, 4: 0.4, 5: 0.1}[experiment.seed]
+            write_results(RunFolder(experiment.run_dir).evaluate_dir, value, experiment.seed)
+
+    monkeypatch.setattr("rc_ray.cli._session", lambda *_: nullcontext())
+    monkeypatch.setattr("rc_ray.cli._run_each", run_each)
+    result = call("run", str(path), "--seeds", "3")
+    assert result.exit_code == 0, result.output
+    assert [(one.seed, one.split_seed, one.name) for one in seen] == [
+        (3, 3, "tiny-seed3"),
+        (4, 3, "tiny-seed4"),
+        (5, 3, "tiny-seed5"),
+    ]
+    folder = tmp_path / "runs" / "tiny-seeds"
+    (row,) = pq.read_table(folder / "summary.parquet").to_pylist()
+    assert row["mean"] == pytest.approx(0.2)
+    assert row["standard_deviation"] == pytest.approx(0.3 / 3**0.5)
+    assert (row["lowest"], row["highest"], row["num_seeds"]) == (0.1, 0.4, 3)
+    assert "| cocktail | 0.200 ± 0.173 [0.100, 0.400] |" in (folder / "summary.md").read_text()
+
+
+def write_results(folder: Path, value: float, seed: int) -> None:
+    folder.mkdir(parents=True)
+    row = {
+        "domain": "tools",
+        "split": "warm",
+        "candidates": "main",
+        "system": "cocktail",
+        "metric": "HR@1",
+        "value": value,
+        "ci_low": value,
+        "ci_high": value,
+        "num_users": 30,
+        "num_candidates": 10,
+        "seed": seed,
+    }
+    pq.write_table(pa.Table.from_pylist([row]), folder / "results.parquet")
+    pair = dict.fromkeys(("system_a", "system_b", "difference", "p_value", "p_adjusted"), None)
+    empty = pa.Table.from_pylist([{**row, **pair}]).slice(0, 0)
+    pq.write_table(empty, folder / "differences.parquet")
+    write_manifest(folder, stage="evaluate", config={}, seed=seed, inputs={}, metrics={})
 
 
 def test_the_demo_asks_nothing_where_nobody_is_tested(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rc_ray.comparison import DomainScores, calibration, compare, popularity
+from rc_ray.comparison import calibrate
 from rc_ray.config import EvaluateConfig
 from rc_ray.core.domains import RankingCase
+from rc_ray.shards import Calibration
 
 TRAINED = (0.0, 0.0, False)
 LOG_PRIOR = np.log(np.array([0.4, 0.3, 0.2, 0.1]))
@@ -42,13 +43,13 @@ def test_alpha_is_chosen_where_the_empty_history_misleads() -> None:
         "warm": both([[-9.0, -2.0], [-4.0, -2.0]], [[0.0, 0.0], [0.0, 0.0]]),
         "cold": np.zeros((0, 2, 1)),
     }
-    chosen = calibration(scores, CASES, LOG_PRIOR, config(alphas=[0.0, 1.0], gammas=[0.0]), TRAINED)
-    assert (chosen.alpha, chosen.gamma, chosen.prior_in_trie) == (1.0, 0.0, False)
+    chosen = calibrate(scores, CASES, LOG_PRIOR, config(alphas=[0.0, 1.0], gammas=[0.0]), TRAINED)
+    assert chosen.calibration == Calibration(1.0, 0.0, False)
     assert chosen.valid_ndcg == pytest.approx(1.0)
     # warm u1: -9 + 9 = 0 against -2 + 1 = -1, missed; u2: -4 + 9 = 5 against -2 + 1, found.
-    assert chosen.ranks["warm"].expected.tolist() == [2.0, 1.0]
+    assert chosen.ranks["warm", "main"][0].expected.tolist() == [2.0, 1.0]
     assert chosen.raw_ranks["warm"].expected.tolist() == [1.0, 2.0]
-    assert "cold" not in chosen.ranks
+    assert ("cold", "main") not in chosen.ranks
 
 
 def test_the_prior_inside_the_trie_is_a_choice_like_the_others() -> None:
@@ -58,9 +59,10 @@ def test_the_prior_inside_the_trie_is_a_choice_like_the_others() -> None:
         "warm": both([[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]),
         "cold": np.zeros((0, 2, 1)),
     }
-    chosen = calibration(scores, CASES, LOG_PRIOR, config(alphas=[0.0], gammas=[0.0]), TRAINED)
-    assert chosen.prior_in_trie
-    assert chosen.ranks["warm"].expected.tolist() == [2.0, 2.0]
+    chosen = calibrate(scores, CASES, LOG_PRIOR, config(alphas=[0.0], gammas=[0.0]), TRAINED)
+    assert chosen.calibration is not None
+    assert chosen.calibration.prior_in_trie
+    assert chosen.ranks["warm", "main"][0].expected.tolist() == [2.0, 2.0]
     assert chosen.raw_ranks["warm"].expected.tolist() == [1.0, 1.0]  # raw has no prior at all
 
 
@@ -72,16 +74,12 @@ def test_test_users_cannot_influence_the_choice() -> None:
         "warm": rng.normal(size=(2, 2, 2)),
         "cold": np.zeros((0, 2, 1)),
     }
-    first = calibration(scores, CASES, LOG_PRIOR, config(), TRAINED)
+    first = calibrate(scores, CASES, LOG_PRIOR, config(), TRAINED)
     for _ in range(20):
-        other = calibration(
+        other = calibrate(
             {**scores, "warm": rng.normal(size=(2, 2, 2))}, CASES, LOG_PRIOR, config(), TRAINED
         )
-        assert (other.alpha, other.gamma, other.prior_in_trie) == (
-            first.alpha,
-            first.gamma,
-            first.prior_in_trie,
-        )
+        assert other.calibration == first.calibration
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -93,51 +91,42 @@ def test_without_validation_users_the_likelihood_is_as_trained(inside: bool) -> 
     }
     cases = {"valid": [], "warm": CASES["warm"]}
     settings = config(alphas=[0.5, 1.0], gammas=[2.0], prior_in_trie=[not inside])
-    chosen = calibration(scores, cases, LOG_PRIOR, settings, (0.0, 0.0, inside))
-    assert (chosen.alpha, chosen.gamma, chosen.prior_in_trie) == (0.0, 0.0, inside)
+    chosen = calibrate(scores, cases, LOG_PRIOR, settings, (0.0, 0.0, inside))
+    assert chosen.calibration == Calibration(0.0, 0.0, inside)
     assert chosen.valid_ndcg is None
-    assert chosen.ranks["warm"].expected.tolist() == ([2.0, 2.0] if inside else [1.0, 1.0])
-
-
-def test_tables_worked_by_hand() -> None:
-    empty = np.zeros((1, 2, 4))
-    perfect = {
-        "empty": empty,
-        "valid": both([[-2.0, -1.0], [-1.0, -2.0]], [[0.0, 0.0], [0.0, 0.0]]),
-        "warm": both([[-2.0, -1.0], [-1.0, -2.0]], [[0.0, 0.0], [0.0, 0.0]]),
-        "cold": np.zeros((0, 2, 1)),
-    }
-    settings = config(alphas=[0.0], gammas=[0.0], prior_in_trie=[False])
-    scores = DomainScores(
-        "films",
-        CASES,
-        {
-            "popularity": popularity(CASES, LOG_PRIOR),
-            "cocktail": calibration(perfect, CASES, LOG_PRIOR, settings, TRAINED),
-        },
+    assert chosen.ranks["warm", "main"][0].expected.tolist() == (
+        [2.0, 2.0] if inside else [1.0, 1.0]
     )
-    tables = compare([scores], settings, seed=3)
-    rows = {
-        (row["system"], row["metric"]): row
-        for row in tables.results.to_pylist()
-        if row["split"] == "warm"
+
+
+def test_lists_are_ranked_apart_and_the_main_one_chooses() -> None:
+    """The further list stands behind the main one in the scores and takes no part in the choice."""
+    cases = {
+        "valid": [RankingCase("u1", (0,), 3, (0, 3), {"more": (3, 1)})],
+        "warm": [RankingCase("u1", (0,), 1, (2, 1), {"more": (1, 3, 0)})],
     }
-    # Popularity: u1 prefers item 1 (hit), u2 prefers item 0 to item 3 (rank 2).
-    assert rows["popularity", "HR@1"]["value"] == 0.5
-    assert rows["popularity", "MRR"]["value"] == 0.75
-    assert rows["popularity", "NDCG@5"]["value"] == pytest.approx((1 + 1 / np.log2(3)) / 2)
-    assert rows["cocktail", "HR@1"]["value"] == 1.0
-    assert rows["cocktail", "HR@1"]["ci_low"] == rows["cocktail", "HR@1"]["ci_high"] == 1.0
-    assert rows["cocktail (raw)", "HR@1"]["value"] == 1.0
-    assert rows["cocktail", "HR@1"]["num_users"] == 2
-    assert rows["cocktail", "HR@1"]["num_candidates"] == 2
-    assert rows["cocktail", "HR@1"]["seed"] == 3
-    differences = {
-        (row["system_a"], row["system_b"], row["metric"]): row
-        for row in tables.differences.to_pylist()
+    scores = {
+        "empty": np.zeros((1, 2, 4)),
+        # Without the prior the main list ranks the target first, the further list last.
+        "valid": both([[-2.0, -1.0, -9.0, -1.0]], [[-1.0, -2.0, -1.0, -9.0]]),
+        "warm": both([[-1.0, -2.0, -5.0, -4.0, -6.0]], [[0.0] * 5]),
     }
-    assert differences["cocktail", "popularity", "HR@1"]["difference"] == 0.5
-    assert differences["popularity", "cocktail", "HR@1"]["difference"] == -0.5
-    ranks = {(r["system"], r["user_id"]): r["rank"] for r in tables.ranks.to_pylist()}
-    assert ranks["popularity", "u2"] == 2.0
-    assert tables.calibration["films"]["popularity"]["gamma"] == 1.0
+    found = calibrate(scores, cases, LOG_PRIOR, config(alphas=[0.0], gammas=[0.0]), TRAINED)
+    assert found.calibration == Calibration(0.0, 0.0, False)
+    assert found.ranks["warm", "main"][0].expected.tolist() == [2.0]
+    assert found.ranks["warm", "more"][0].expected.tolist() == [2.0]
+    assert found.final["warm"][0].shape == (1, 5)
+
+
+def test_masked_titles_take_the_empty_scores_of_their_own_names() -> None:
+    cases = {"warm": CASES["warm"], "masked_titles": CASES["warm"][:1]}
+    scores = {
+        "empty": both([[0.0, 0.0, 0.0, 0.0]], [[0.0] * 4]),
+        "empty_masked": both([[0.0, -3.0, -1.0, 0.0]], [[0.0] * 4]),
+        "warm": both([[-1.0, -2.0], [-1.0, -2.0]], [[0.0, 0.0], [0.0, 0.0]]),
+        "masked_titles": both([[-1.0, -2.0]], [[0.0, 0.0]]),
+    }
+    found = calibrate(scores, cases, LOG_PRIOR, config(), (1.0, 0.0, False))
+    # Items 2 and 1: -1 + 1 = 0 and -2 + 3 = 1 under their made-up names.
+    assert found.final["masked_titles"][0].tolist() == [[0.0, 1.0]]
+    assert ("masked_titles", "main") not in found.ranks

@@ -10,20 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rc_ray import artifacts, evaluate, recipes, session, shards
+from rc_ray import artifacts, crew, evaluate, recipes, session, shards
 from rc_ray.artifacts import RunFolder
 from rc_ray.core.adapters import save_adapter
 from rc_ray.core.domains import RankingCase, read_domain
 from rc_ray.errors import ArtifactError
-from rc_ray.shards import DomainRun, Shard, ShardScorer, SystemRun, read_scores, shards_of
+from rc_ray.scorer import Scorer
+from rc_ray.shards import DomainRun, Shard, SystemRun, read_scores, shards_of, write_arrays
 from tests.conftest import Factory, Screen
 from tests.core.test_model import random_adapter
+
+COST = [0.5, 10, 7.0]
+"""Seconds, tokens and megabytes of a shard."""
 
 
 def make_domain_run(folder: Path, num_users: int = 40) -> DomainRun:
     cases = [RankingCase(f"u{i}", (0,), target=1, candidates=(1, 2, 3)) for i in range(num_users)]
     system = SystemRun("base", None, folder / "scores")
-    return DomainRun("films", folder, {"warm": cases}, [system], "sequence", 5, 64)
+    return DomainRun("films", folder, {"warm": cases}, {}, [system], "sequence", 5, 64)
 
 
 class Call:
@@ -86,7 +90,7 @@ def test_an_actor_without_room_gets_no_shard(
     assert len(pending) == 4
     alive, never = Actor(True), Actor(False)
     monkeypatch.setitem(sys.modules, "ray", FakeRay([]))
-    assert evaluate._hand_out([never, alive], pending, screen.console) == 40
+    assert crew.hand_out([never, alive], pending, screen.console, "users") == 40
     assert len(alive.given) == 4
     assert never.given == []
 
@@ -97,7 +101,7 @@ def test_a_wait_for_room_is_told_and_ends(
     late = Actor(False)
     ray = FakeRay([late])
     monkeypatch.setitem(sys.modules, "ray", ray)
-    evaluate._hand_out([late], shards_of(make_domain_run(tmp_path)), screen.console)
+    crew.hand_out([late], shards_of(make_domain_run(tmp_path)), screen.console, "users")
     assert screen.text.count("wait for resources") == 1
     assert len(late.given) == 4
     assert ray.waits[0] == 60.0
@@ -121,15 +125,25 @@ def test_scores_of_another_shape_are_refused(tmp_path: Path, shape: tuple[int, .
     system.folder.mkdir()
     for shard in shards_of(run):
         users = 1 if shard.split == shards.EMPTY else len(shard.cases)
-        np.save(shard.path(system), np.zeros((users, 2, 3), np.float32))
-    assert read_scores(run, system)["warm"].shape == (40, 2, 3)
-    np.save(shards_of(run)[1].path(system), np.zeros(shape, np.float32))
-    with pytest.raises(ArtifactError, match="warm-0000000.npy: holds scores of shape"):
+        write_arrays(shard.path(system), scores=np.zeros((users, 2, 3), np.float32), cost=COST)
+    found = read_scores(run, system)
+    assert found.by_split["warm"].shape == (40, 2, 3)
+    assert (found.seconds, found.num_tokens, found.peak_memory_mb) == (2.0, 40, 7.0)  # 4 shards
+    write_arrays(shards_of(run)[1].path(system), scores=np.zeros(shape, np.float32), cost=COST)
+    with pytest.raises(ArtifactError, match="warm-0000000.npz: holds scores of shape"):
         read_scores(run, system)
 
 
+@pytest.mark.parametrize("text", [b"", b"PK\x03\x04 cut short", b"no archive at all"])
+def test_damaged_scores_are_named(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "warm-0000000.npz"
+    path.write_bytes(text)
+    with pytest.raises(ArtifactError, match="warm-0000000.npz: missing or damaged"):
+        shards.read_arrays(path)
+
+
 def test_a_model_that_a_node_cannot_get_is_told(tmp_path: Path) -> None:
-    scorer = ShardScorer(str(tmp_path / "of_the_driver"), "./nowhere", "float32", 1, False)
+    scorer = Scorer(str(tmp_path / "of_the_driver"), "./nowhere", "float32", 1, False)
     problem = scorer.score(shards_of(make_domain_run(tmp_path))[0])
     assert problem is not None
     assert "model.path: ./nowhere: no such folder" in problem
@@ -148,14 +162,14 @@ def test_a_node_that_does_not_see_the_drivers_model_takes_its_own(
         SystemRun("base", None, tmp_path / "base"),
         SystemRun("spirit", adapter, tmp_path / "scores"),
     ]
-    plan = DomainRun("tools", run.domain_dir("tools"), cases, systems, "sequence", 3, 512)
+    plan = DomainRun("tools", run.domain_dir("tools"), cases, {}, systems, "sequence", 3, 512)
 
     def score(model_path: str) -> str | None:
         elsewhere = str(tmp_path / "of_the_driver")
-        return ShardScorer(elsewhere, model_path, "float32", 1, False).score(shards_of(plan)[1])
+        return Scorer(elsewhere, model_path, "float32", 1, False).score(shards_of(plan)[1])
 
     assert score(experiment.model.path) is None
-    (tmp_path / "scores" / "warm-0000000.npy").unlink()
+    (tmp_path / "scores" / "warm-0000000.npz").unlink()
     save_adapter(adapter, random_adapter(1), "another")
     assert "trained on another, the experiment says" in (score(experiment.model.path) or "")
 
@@ -165,7 +179,7 @@ def test_scores_that_no_system_uses_are_pruned(tmp_path: Path) -> None:
     for path in (run.systems[0].folder, tmp_path / "scores_of_old"):
         path.mkdir()
     (tmp_path / "scores_of_old" / "warm-0000000.npy").write_text("")
-    evaluate.prune(tmp_path, [run])
+    evaluate.prune(tmp_path, [(run, [])])
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
 
@@ -184,7 +198,7 @@ def test_a_new_method_scores_anew(make_run: Factory, monkeypatch: pytest.MonkeyP
     inputs = recipes.evaluation(experiment).inputs(run)
 
     def folder() -> Path:
-        return evaluate.plan_run(experiment, run, domain, inputs).systems[0].folder
+        return evaluate.plan(experiment, run, domain, inputs)[0].systems[0].folder
 
     before = folder()
     monkeypatch.setattr(artifacts, "METHOD", artifacts.METHOD + 1)

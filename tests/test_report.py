@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,9 @@ from rc_ray.errors import ArtifactError
 from rc_ray.findings import read_findings
 from rc_ray.page import render
 from rc_ray.progress import Progress
+from rc_ray.results import Difference, Probed, Results, Score
 from rc_ray.verdicts import (
-    Difference,
-    Results,
-    Score,
+    in_short,
     merge_verdict,
     overall,
     sentences,
@@ -75,13 +75,14 @@ def write_results(experiment: Experiment) -> Path:
                         ("HR@1", 1.0),
                         ("HR@5", 2.1),
                         ("NDCG@5", 1.5),
-                        ("MRR", 1.6),
+                        ("MRR@5", 1.6),
                     ):
                         centre = value * scale * share * factor
                         scores.append(
                             {
                                 "domain": domain,
                                 "split": split,
+                                "candidates": "main",
                                 "system": name,
                                 "metric": metric,
                                 "value": centre,
@@ -98,13 +99,15 @@ def write_results(experiment: Experiment) -> Path:
                     {
                         "domain": domain,
                         "split": split,
+                        "candidates": "main",
                         "metric": "HR@1",
                         "system_a": "cocktail",
                         "system_b": system,
                         "difference": gap,
                         "ci_low": gap - 0.016,
                         "ci_high": gap + 0.016,
-                        "p_value": 0.04,
+                        "p_value": 0.004,
+                        "p_adjusted": 0.02,
                         "num_users": 512,
                     }
                 )
@@ -200,11 +203,11 @@ def results_of(
 ) -> Results:
     return Results(
         scores={
-            (domain, split, s, "HR@1"): Score(0.3, 0.27, 0.33, 500, 20)
+            (domain, split, "main", s, "HR@1"): Score(0.3, 0.27, 0.33, 500, 20)
             for s in ("cocktail", "ingredient", "popularity", "base", "spirit", "uniform")
         },
         differences={
-            (domain, split, "HR@1", a, b): Difference(value, low, high, num_users)
+            (domain, split, "main", "HR@1", a, b): Difference(value, low, high, num_users)
             for a, b, value, low, high in differences
         },
     )
@@ -219,6 +222,12 @@ def test_an_outcome_needs_an_interval_without_zero(low: float, high: float, outc
     assert difference.outcome == outcome
     mirrored = {"beats": "loses", "loses": "beats", "ties": "ties"}
     assert difference.reversed().outcome == mirrored[outcome]
+
+
+def test_an_outcome_needs_the_corrected_test_too() -> None:
+    assert Difference(0.05, 0.01, 0.09, 500, p_adjusted=0.049).outcome == "beats"
+    assert Difference(0.05, 0.01, 0.09, 500, p_adjusted=0.05).outcome == "ties"
+    assert Difference(0.05, 0.01, 0.09, 500, p_adjusted=0.3).reversed().outcome == "ties"
 
 
 def test_too_few_users_show_no_difference() -> None:
@@ -299,6 +308,96 @@ def test_the_overall_claim_needs_both_plain_systems_beaten() -> None:
     assert overall(mixed, ["action"]).startswith("On no ingredient domain was it shown")
 
 
+BASELINE_VALUES = {"popularity": 0.2, "item_knn": 0.3, "sasrec": 0.4, "title_embedding": 0.1}
+
+
+def of_baselines(*domains: str) -> Results:
+    """SASRec leads everywhere, shown on the main list and not on the catalogue."""
+    scores, differences = {}, {}
+    for domain in domains:
+        for candidates, p in (("main", 0.01), ("catalogue", 0.2)):
+            for system, value in BASELINE_VALUES.items():
+                for metric in ("HR@1", "NDCG@10"):
+                    key = (domain, "warm", candidates, system, metric)
+                    scores[key] = Score(value, value - 0.05, value + 0.05, 100, 20)
+                gap = BASELINE_VALUES["sasrec"] - value
+                differences[domain, "warm", candidates, "NDCG@10", "sasrec", system] = Difference(
+                    gap, gap - 0.05, gap + 0.05, 100, p
+                )
+    return Results(scores, differences)
+
+
+def test_baselines_alone_are_compared_among_themselves() -> None:
+    told = sentences(of_baselines("films"), ["films"])
+    assert told[0] == (
+        "On `films` SASRec (NDCG@10 0.400 [0.350, 0.450]) beats popularity (+0.200 [+0.150, "
+        "+0.250]), item k-nearest neighbours (+0.100 [+0.050, +0.150]) and title embeddings "
+        "(+0.300 [+0.250, +0.350])."
+    )
+    assert told[1].startswith("On `films` and its whole catalogue of 20 items SASRec (NDCG@10")
+    assert "shows no difference from popularity" in told[1]
+    assert in_short(of_baselines("films"), ["films"]) == told
+
+
+def test_the_best_baseline_is_named_in_short() -> None:
+    results = of_baselines("films")
+    keys = {("films", "warm", "main", "cocktail", "HR@1"): Score(0.3, 0.25, 0.35, 100, 20)}
+    lost = Difference(-0.1, -0.15, -0.05, 100, 0.01)
+    pair = {("films", "warm", "main", "HR@1", "cocktail", "sasrec"): lost}
+    found = Results({**results.scores, **keys}, {**results.differences, **pair})
+    assert (
+        "On `films` the best LLM system, the cocktail, loses to the best baseline that learns, "
+        "SASRec."
+    ) in in_short(found, ["films"])
+
+
+def test_probes_are_told_of_the_system_that_matters() -> None:
+    base = results_of()
+    shown = Difference(-0.05, -0.08, -0.02, 100, 0.01)
+    probes = {
+        ("action", "cocktail", "shuffled_history", "HR@1"): Probed(0.3, 0.25, shown, 4.0),
+        ("action", "popularity", "shuffled_history", "HR@1"): Probed(
+            0.3, 0.3, Difference(0.0, 0.0, 0.0, 100, 1.0), 0.0
+        ),
+        ("action", "cocktail", "permuted_candidates", "HR@1"): Probed(
+            0.3, 0.3, Difference(0.0, 0.0, 0.0, 100, 1.0), 1e-6
+        ),
+    }
+    told = sentences(Results(base.scores, base.differences, probes), ["action"])
+    assert (
+        "With the history shuffled the cocktail loses on `action` (-0.050 [-0.080, -0.020] HR@1)."
+        in told
+    )
+    assert any(
+        one.startswith("With the candidates in another order the cocktail shows no difference")
+        for one in told
+    )
+
+
+def test_eight_domains_of_baselines_get_an_overview(experiment: Experiment) -> None:
+    names = [f"domain{i}" for i in range(8)]
+    findings = replace(
+        read_findings(experiment),
+        results=of_baselines(*names),
+        mixtures={},
+        losses={},
+        costs=[
+            {"domain": "domain0", "system": "sasrec", "what": "training", "seconds": 12.5},
+            {"domain": NASTY, "system": "base", "what": "catalogue", "proved": 0.5, "seconds": 1},
+        ],
+    )
+    page = render(findings)
+    assert all(f'href="#on-{name}"' in page and f'id="on-{name}"' in page for name in names)
+    assert page.count("<b>0.400</b>") == 2 * 8  # the best of both columns of each domain
+    assert "the whole catalogue, 20 items" in page
+    assert "12.5" in page
+    assert "50%" in page
+    assert NASTY not in page
+    outline = Outline()
+    outline.feed(page)
+    assert outline.open == []
+
+
 def test_nothing_is_claimed_of_what_was_not_scored() -> None:
     assert sentences(Results({}, {}), ["action"]) == ["No ingredient domain was scored."]
     assert merge_verdict(Results({}, {}), "action") is None
@@ -311,7 +410,8 @@ def test_the_page_is_balanced_and_loads_nothing(experiment: Experiment) -> None:
     outline.close()
     assert outline.open == []
     assert {"svg", "table", "style"} <= outline.seen
-    assert outline.loads == []
+    # Links within the page load nothing.
+    assert [one for one in outline.loads if not one.startswith("href=#")] == []
     assert "script" not in outline.seen
     assert not re.search(r"https?://|@import|url\(", page)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rc_ray import artifacts, evaluate, merge, mixing
 from rc_ray.artifacts import RunFolder
-from rc_ray.config import Experiment
+from rc_ray.config import BASELINES, SYSTEMS, Experiment
 from rc_ray.core.adapters import load_adapter, save_adapter
 from rc_ray.core.domains import read_domain
 from rc_ray.errors import ArtifactError
@@ -31,7 +31,14 @@ def put_adapter(folder: Path, seed: int, stage: str, base_name: str) -> None:
 
 @pytest.fixture(scope="module")
 def experiment(make_run: Factory, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    made = make_run("merge.num_epochs=2", "evaluate.num_test_users=20")
+    made = make_run(
+        "merge.num_epochs=2",
+        "evaluate.num_test_users=20",
+        "evaluate.num_catalogue_users=6",
+        "evaluate.probes=[shuffled_history,permuted_candidates,masked_titles]",
+        "evaluate.num_probe_users=8",
+        "evaluate.sasrec.max_rounds=2",
+    )
     folder = RunFolder(made.run_dir)
     put_adapter(folder.spirit_dir, 1, "train", made.model.path)
     put_adapter(folder.ingredient_dir("tools"), 2, "tune", made.model.path)
@@ -66,10 +73,23 @@ def test_merge_then_evaluate(experiment: Experiment, screen: Screen) -> None:
     evaluate.run(experiment, console=screen.console)
     results = pq.read_table(folder.evaluate_dir / "results.parquet").to_pylist()
     systems = {row["system"] for row in results if not row["system"].endswith("(raw)")}
-    assert systems == {"popularity", "base", "spirit", "ingredient", "uniform", "cocktail"}
+    assert systems == set(SYSTEMS)
     assert {row["split"] for row in results} == {"warm", "cold"}
-    assert all(row["ci_low"] <= row["value"] <= row["ci_high"] for row in results)
-    assert {row["num_candidates"] for row in results} == {10}
+    beyond = {"coverage@10", "popularity@10", "ECE"}
+    for row in results:
+        if row["metric"] in beyond:
+            assert row["ci_low"] is None
+            assert 0 <= row["value"] <= 1
+        else:
+            assert row["ci_low"] <= row["value"] <= row["ci_high"]
+    assert beyond < {row["metric"] for row in results}
+    sizes = {(row["candidates"], row["num_candidates"]) for row in results}
+    assert sizes == {("main", 10), ("catalogue", 42)}
+    assert {row["num_users"] for row in results if row["candidates"] == "catalogue"} == {6}
+    costs = json.loads((folder.evaluate_dir / "costs.json").read_text())
+    searched = [row for row in costs if row["what"] == "catalogue"]
+    assert len(searched) == 5
+    assert all(row["proved"] == 1.0 and row["num_tokens"] > 0 for row in searched)
 
     # No scored user lent a prompt to the merge.
     domain = read_domain(folder.domain_dir("tools"))
@@ -78,6 +98,22 @@ def test_merge_then_evaluate(experiment: Experiment, screen: Screen) -> None:
     scored = set(ranks["user_id"].to_pylist())
     assert unlabeled
     assert not unlabeled & scored
+
+
+def test_probes_change_what_they_may(experiment: Experiment) -> None:
+    """Candidates in another order change nothing in `sequence`; made-up names change the scores."""
+    folder = RunFolder(experiment.run_dir)
+    rows = pq.read_table(folder.evaluate_dir / "probes.parquet").to_pylist()
+    change = {(row["system"], row["probe"]): row["max_score_change"] for row in rows}
+    assert {row["num_users"] for row in rows} == {8}
+    for system in SYSTEMS:
+        assert change[system, "permuted_candidates"] < 1e-3
+    for system in set(SYSTEMS) - set(BASELINES):
+        assert change[system, "shuffled_history"] > 0.01
+        assert change[system, "masked_titles"] > 0.01
+    assert change["popularity", "shuffled_history"] == 0.0
+    assert change["sasrec", "masked_titles"] == 0.0
+    assert all(row["p_adjusted"] >= row["p_value"] for row in rows)
 
 
 def test_what_is_finished_is_not_done_again(experiment: Experiment, screen: Screen) -> None:
@@ -94,7 +130,7 @@ def test_a_killed_evaluation_goes_on(experiment: Experiment, screen: Screen) -> 
     folder = RunFolder(experiment.run_dir)
     expected = pq.read_table(folder.evaluate_dir / "results.parquet")
     (folder.evaluate_dir / "manifest.json").unlink()
-    shards = sorted((folder.root / "evaluate.work").rglob("warm-*.npy"))
+    shards = sorted((folder.root / "evaluate.work").rglob("warm-*.npz"))
     times = {path: path.stat().st_mtime_ns for path in shards[1:]}
     shards[0].unlink()
     evaluate.run(experiment, console=screen.console)
@@ -106,13 +142,13 @@ def test_a_new_ingredient_makes_its_own_scores_stale_only(
     experiment: Experiment, screen: Screen
 ) -> None:
     folder = RunFolder(experiment.run_dir)
-    old = {path.parent.name for path in (folder.root / "evaluate.work").rglob("*.npy")}
+    old = {path.parent.name for path in (folder.root / "evaluate.work").rglob("*.npz")}
     put_adapter(folder.ingredient_dir("tools"), 5, "tune", experiment.model.path)
     merge.run(experiment, console=screen.console)
     evaluate.run(experiment, console=screen.console)
-    now = {path.parent.name for path in (folder.root / "evaluate.work").rglob("*.npy")}
-    assert len(now - old) == 3  # ingredient, uniform, cocktail; not base, not spirit
-    assert len(now) == len(old) == 5  # what no system uses any more is gone
+    now = {path.parent.name for path in (folder.root / "evaluate.work").rglob("*.npz")}
+    assert len(now - old) == 3  # ingredient, uniform, cocktail; not the others
+    assert len(now) == len(old) == 9  # what no system uses any more is gone
     metrics = artifacts.read_json(folder.evaluate_dir / "manifest.json")["metrics"]
     assert {"last_run_seconds", "last_run_num_scores"} <= metrics.keys()
 

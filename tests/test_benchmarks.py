@@ -1,0 +1,145 @@
+"""The benchmark of `prepare` doubles as a check of the data core by plain pandas."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pandas as pd
+import pytest
+
+from rc_ray.core.domains import Domain, RankingCase, read_domain
+from rc_ray.core.splits import PURPOSES, Purpose
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "jobs" / "benchmarks"
+NUM_ROWS, NUM_USERS, NUM_ITEMS = 3000, 150, 250
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Prepared(NamedTuple):
+    log: Path
+    ours: Path
+    pandas: Path
+    our_counts: dict[str, int]
+    pandas_counts: dict[str, int]
+
+    @property
+    def domain(self) -> Domain:
+        return read_domain(self.ours)
+
+    def cases(self, purpose: Purpose) -> dict[str, RankingCase]:
+        cases = [
+            *self.domain.cases(purpose, group="scored"),
+            *self.domain.cases(purpose, group="unlabeled"),
+        ]
+        assert len({case.user_id for case in cases}) == len(cases)
+        return {case.user_id: case for case in cases}
+
+
+def prepared(folder: Path, *, ties: bool) -> Prepared:
+    generate, prepare = load("generated_log").generate, load("prepare")
+    generate(folder / "log", NUM_ROWS, NUM_USERS, NUM_ITEMS, ties=ties)
+    paths = folder / "log", folder / "ours", folder / "pandas"
+    return Prepared(
+        *paths,
+        our_counts=prepare.prepare_ours(paths[0], paths[1]),
+        pandas_counts=prepare.prepare_pandas(paths[0], paths[2]),
+    )
+
+
+@pytest.fixture(scope="module")
+def without_ties(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepared(tmp_path_factory.mktemp("without_ties"), ties=False)
+
+
+@pytest.fixture(scope="module")
+def with_ties(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepared(tmp_path_factory.mktemp("with_ties"), ties=True)
+
+
+@pytest.mark.parametrize("which", ["without_ties", "with_ties"])
+def test_the_generated_log_puts_every_step_to_work(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    made: Prepared = request.getfixturevalue(which)
+    log = pd.read_parquet(made.log / "interactions.parquet")
+    items = pd.read_parquet(made.log / "items.parquet")
+    assert len(log) == NUM_ROWS
+    titled = items[items["title"].fillna("").str.strip() != ""]
+    assert 0 < len(titled) < len(items)
+    assert (~log["item_id"].isin(titled["item_id"])).any()
+    assert log.duplicated(["user_id", "item_id"]).any()
+    assert log.duplicated().any()
+    once = log.drop_duplicates(["user_id", "item_id"])
+    assert once.duplicated(["user_id", "timestamp"]).any() == (which == "with_ties")
+    counts = made.our_counts
+    assert 0 < counts["users"] < NUM_USERS
+    assert 0 < counts["items"] < len(titled)
+
+
+@pytest.mark.parametrize("which", ["without_ties", "with_ties"])
+def test_counts_agree_with_plain_pandas(which: str, request: pytest.FixtureRequest) -> None:
+    made: Prepared = request.getfixturevalue(which)
+    assert made.our_counts == made.pandas_counts
+
+
+def test_items_histories_and_targets_agree_with_plain_pandas(without_ties: Prepared) -> None:
+    domain = without_ties.domain
+    items = pd.read_parquet(without_ties.pandas / "items.parquet")
+    assert list(domain.item_ids) == items["item_id"].tolist()
+    known = pd.read_parquet(without_ties.pandas / "train.parquet")
+    for purpose in PURPOSES:
+        table = pd.read_parquet(without_ties.pandas / f"{purpose}.parquet")
+        cases = without_ties.cases(purpose)
+        targets = {user: domain.item_ids[case.target] for user, case in cases.items()}
+        assert targets == dict(zip(table["user_id"], table["item_id"], strict=True))
+        expected = known.sort_values("timestamp").groupby("user_id")["item_id"].agg(list)
+        histories = {
+            user: [domain.item_ids[item] for item in case.history] for user, case in cases.items()
+        }
+        assert histories == expected.to_dict()
+        known = pd.concat([known, table[["user_id", "item_id", "timestamp"]]])
+
+
+def test_with_ties_targets_have_the_last_times(with_ties: Prepared) -> None:
+    domain = with_ties.domain
+    log = pd.read_parquet(with_ties.log / "interactions.parquet").dropna()
+    log = log[log["item_id"].isin(domain.item_ids)]
+    first_met = log.groupby(["user_id", "item_id"])["timestamp"].min()
+    last_times = first_met.groupby("user_id").agg(lambda times: sorted(times)[-2:])
+    valid, test = (with_ties.cases(purpose) for purpose in PURPOSES)
+    assert len(valid) == with_ties.pandas_counts["users"]
+    for user in valid:
+        targets = [domain.item_ids[cases[user].target] for cases in (valid, test)]
+        assert [first_met[user, item] for item in targets] == last_times[user]
+
+
+def test_candidates_are_the_target_and_items_never_met(with_ties: Prepared) -> None:
+    parts = [pd.read_parquet(with_ties.pandas / f"{part}.parquet") for part in ("train", *PURPOSES)]
+    met = pd.concat(parts).groupby("user_id")["item_id"].agg(set)
+    item_ids = with_ties.domain.item_ids
+    for purpose, table in zip(PURPOSES, parts[1:], strict=True):
+        ours = {
+            user: (case.target, case.candidates) for user, case in with_ties.cases(purpose).items()
+        }
+        theirs = {
+            row.user_id: (item_ids.index(row.item_id), tuple(row.candidates))
+            for row in table.itertuples()
+        }
+        for lists in (ours, theirs):
+            assert set(lists) == set(met.index)
+            for user, (target, candidates) in lists.items():
+                assert len(set(candidates)) == len(candidates) == 20
+                assert {item_ids[item] for item in candidates} & met[user] == {item_ids[target]}
