@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+
 @dataclass(frozen=True)
 class TargetRanks:
     """Where the targets of N cases stand."""
