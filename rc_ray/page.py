@@ -62,40 +62,37 @@ def _summary(findings: Findings) -> str:
 
 
 def _overview(findings: Findings, domains: Sequence[str]) -> str:
-    """Systems by domain at a glance, the best of a column in bold; the names lead to the parts."""
+    """Domains by system at a glance, the best of a domain in bold; its name leads to its part.
+
+    Domains are rows: a run may have hundreds of them, but has a handful of systems.
+    """
     if not domains:
         return ""
     results = findings.results
-    metric = results.deep_metric()
-    columns = [(domain, m) for domain in domains for m in dict.fromkeys((HEADLINE, metric))]
-    values = {
-        column: {
-            system: score.value
-            for system in results.systems()
-            if (score := results.score(column[0], "warm", system, column[1])) is not None
-        }
-        for column in columns
-    }
+    systems = results.systems()
+    metrics = list(dict.fromkeys((HEADLINE, results.deep_metric())))
     rows = []
-    for system in results.systems():
+    for domain in domains:
         cells = []
-        for column in columns:
-            value = values[column].get(system)
-            text = "" if value is None else f"{value:.3f}"
-            best = value is not None and value == max(values[column].values())
-            cells.append(f"<b>{text}</b>" if best else text)
-        rows.append((system, cells))
-    width = len(columns) // len(domains)
+        for metric in metrics:
+            scores = [results.score(domain, "warm", system, metric) for system in systems]
+            highest = max((score.value for score in scores if score is not None), default=None)
+            for score in scores:
+                text = "" if score is None else f"{score.value:.3f}"
+                is_best = score is not None and score.value == highest
+                cells.append(f"<b>{text}</b>" if is_best else text)
+        rows.append((domain, cells))
     head = "<tr><th></th>" + "".join(
-        f'<th class="group" colspan="{width}"><a href="#{_anchor(d)}">{html.escape(d)}</a></th>'
-        for d in domains
+        f'<th class="group" colspan="{len(systems)}">{metric}</th>' for metric in metrics
     )
-    head += "</tr><tr><th>system</th>" + "".join(f"<th>{m}</th>" for _, m in columns) + "</tr>"
+    names = "".join(f"<th>{html.escape(system)}</th>" for _ in metrics for system in systems)
+    head += f"</tr><tr><th>domain</th>{names}</tr>"
     note = (
         "Warm test users, main list of candidates; highest value in bold, which by itself "
         "claims nothing: the findings say what is shown."
     )
-    return f'<div class="card">{table(head, rows)}<p class="soft">{note}</p></div>'
+    found = table(head, rows, anchor=_anchor)
+    return f'<div class="card">{found}<p class="soft">{note}</p></div>'
 
 
 def _anchor(domain: str) -> str:
@@ -105,13 +102,16 @@ def _anchor(domain: str) -> str:
 def _findings_list(findings: Findings) -> str:
     found = sentences(findings.results, findings.experiment.data.ingredients)
     items = "".join(f"<li>{_prose(sentence)}</li>" for sentence in found)
+    # Of baselines alone no sentence sums up the others.
+    sums_up = not set(findings.results.systems()) <= set(BASELINES)
+    style = "findings summed-up" if sums_up else "findings"
     note = (
         "In brackets: 95 % bootstrap intervals over users, of differences paired by user. A claim "
         "needs a p-value below .05 after Holm's correction for all pairs of systems that were "
         "compared on the same users, list and metric."
     )
     return (
-        f'<h2>Findings</h2><div class="card"><ul class="findings">{items}</ul></div>'
+        f'<h2>Findings</h2><div class="card"><ul class="{style}">{items}</ul></div>'
         f'<p class="soft">{note}</p>'
     )
 

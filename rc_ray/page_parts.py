@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rc_ray import charts
@@ -38,11 +38,24 @@ def score_cell(score: Score | None, *, best: bool = False) -> str:
     return f'{value}<span class="range">{score.low:.3f}&ndash;{score.high:.3f}</span>'
 
 
-def table(head: str, rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Rows of a name, escaped here, and cells that are HTML already."""
+def table(
+    head: str,
+    rows: Iterable[tuple[str, Sequence[str]]],
+    *,
+    anchor: Callable[[str], str] | None = None,
+) -> str:
+    """Rows of a name, escaped here, and cells that are HTML already.
+
+    With `anchor` a name links to the part of the page that it gives for the name, escaped.
+    """
     mark = {"cocktail": ' class="strong"'}
+
+    def shown(name: str) -> str:
+        text = html.escape(name)
+        return text if anchor is None else f'<a href="#{anchor(name)}">{text}</a>'
+
     body = "".join(
-        f"<tr{mark.get(name, '')}><td>{html.escape(name)}</td>"
+        f"<tr{mark.get(name, '')}><td>{shown(name)}</td>"
         + "".join(f"<td>{cell}</td>" for cell in cells)
         + "</tr>"
         for name, cells in rows

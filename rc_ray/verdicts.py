@@ -11,9 +11,9 @@ from rc_ray.results import Difference, Outcome, Results
 HEADLINE = "HR@1"
 NAMES = {
     "popularity": "popularity",
-    "item_knn": "item k-nearest neighbours",
+    "item_knn": "item kNN",
     "sasrec": "SASRec",
-    "title_embedding": "title embeddings",
+    "title_embedding": "the title embedding",
     "base": "the base LLM",
     "spirit": "the base spirit",
     "ingredient": "the ingredient",

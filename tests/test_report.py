@@ -331,7 +331,7 @@ def test_baselines_alone_are_compared_among_themselves() -> None:
     told = sentences(of_baselines("films"), ["films"])
     assert told[0] == (
         "On `films` SASRec (NDCG@10 0.400 [0.350, 0.450]) beats popularity (+0.200 [+0.150, "
-        "+0.250]), item k-nearest neighbours (+0.100 [+0.050, +0.150]) and title embeddings "
+        "+0.250]), item kNN (+0.100 [+0.050, +0.150]) and the title embedding "
         "(+0.300 [+0.250, +0.350])."
     )
     assert told[1].startswith("On `films` and its whole catalogue of 20 items SASRec (NDCG@10")
