@@ -246,6 +246,7 @@ def test_no_stage_builds_on_a_stale_one(finished: Path, monkeypatch: pytest.Monk
         (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "x.npy: No space left on dev"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory"),
         (PermissionError("not\nallowed"), "error: not"),
+        (PermissionError("\x1b[31mred\a"), "error: \ufffd[31mred\ufffd"),
     ],
 )
 def test_what_the_system_refuses_is_one_plain_line(

@@ -7,6 +7,7 @@ value is wrong is the file read again, to tell its line.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def csv_batches(
     """Batches of a delimited file.
 
     Args:
-        path: the file; UTF-8, with a header.
+        path: the file; UTF-8, with a header; compressed where its name says so (.gz, .zst ...).
         delimiter: one character.
         schema: what the batches are cast to.
         columns: name in the schema -> name in the file; null for a column that is absent. An
@@ -140,6 +141,12 @@ def csv_batches(
         raise SourceError(
             f"{path}: {line}not readable as UTF-8 text with the delimiter {delimiter!r}: "
             f"{_one_line(error)}"
+        ) from None
+    except OSError as error:  # of a compressed file
+        line = _broken_line(path, delimiter, atomic)
+        raise SourceError(
+            f"{path}: {line}the data is cut off or damaged here ({_one_line(error)}); fetch the "
+            "file again"
         ) from None
     if not start:
         raise SourceError(f"{path}: has no rows")
@@ -289,7 +296,10 @@ def _lines_from(path: Path, delimiter: str, atomic: bool, start: int) -> Place:
 
 def _records(path: Path, delimiter: str, atomic: bool) -> Iterator[tuple[int, list[str]]]:
     """First line and values of every record, the header included; blank lines are none."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with (
+        pa.input_stream(path, compression="detect") as raw,
+        io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+    ):
         reader = (
             csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
             if atomic
@@ -303,15 +313,20 @@ def _records(path: Path, delimiter: str, atomic: bool) -> Iterator[tuple[int, li
 
 
 def _broken_line(path: Path, delimiter: str, atomic: bool) -> str:
-    """Where the first record has another number of values than the header or is no UTF-8."""
+    """Where the first record has another number of values than the header or is no UTF-8.
+
+    Of compressed data that cannot be read on: the line that is no longer whole.
+    """
+    width, line = None, 0
     try:
-        width = None
         for line, record in _records(path, delimiter, atomic):
             width = len(record) if width is None else width
             if len(record) != width or any(not _is_text(value) for value in record):
                 return f"line {line}: "
-    except (csv.Error, OSError):
-        pass
+    except csv.Error:
+        return ""
+    except OSError:
+        return f"after line {line}: " if line else ""
     return ""
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,27 @@ def test_bad_csv(tmp_path: Path, log: str | bytes, words: list[str]) -> None:
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+def compressed_source(folder: Path, data: bytes) -> CsvSource:
+    (folder / "log.csv.gz").write_bytes(data)
+    return csv_source(folder, LOG, ITEMS).model_copy(update={"interactions": folder / "log.csv.gz"})
+
+
+def test_a_compressed_csv_is_read_like_a_plain_one(tmp_path: Path) -> None:
+    log, _ = read(compressed_source(tmp_path, gzip.compress(LOG.encode())))["shop"]
+    assert log["item_id"].to_pylist() == ["a", "b"]
+    with pytest.raises(SourceError, match=r"log\.csv\.gz: line 4: `timestamp` is -5"):
+        read(compressed_source(tmp_path, gzip.compress((LOG + "u,a,-5\n").encode())))
+
+
+def test_a_compressed_csv_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(10**9, size=20_000)
+    rows = "".join(f"u{number},a,1\n" for number in numbers)
+    data = gzip.compress((LOG + rows).encode())
+    with pytest.raises(SourceError, match=r"log\.csv\.gz: after line \d+: .*fetch") as caught:
+        read(compressed_source(tmp_path, data[: len(data) // 2]))
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_file(tmp_path: Path) -> None:
