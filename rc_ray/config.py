@@ -6,9 +6,8 @@ exactly what `config.yaml` in its run folder says.
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     Field,
@@ -20,8 +19,10 @@ from pydantic import (
 )
 
 from rc_ray.baselines_config import ItemKnnConfig, SasrecConfig, TitleEmbeddingConfig
-from rc_ray.data_config import DataConfig, Fraction, Section
+from rc_ray.data_config import DataConfig, Section
 from rc_ray.errors import ConfigError
+from rc_ray.training_config import TrainConfig
+from rc_ray.tune_config import TuneConfig
 from rc_ray.yaml_file import apply_override, explain, read_mapping
 
 System = Literal[
@@ -50,168 +51,6 @@ class ModelConfig(Section):
     """`smollm2-135m-instruct` (embedded), a folder in transformers form, or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` times one matrix product in each and takes the faster."""
-
-
-class LoraConfig(Section):
-    rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    first_layer: Annotated[int, Field(ge=0)] = 0
-    """Decoder layers below this one stay frozen (0 adapts all)."""
-
-
-class TrainingConfig(Section):
-    """One LoRA training run; shared by the base spirit and the ingredients."""
-
-    style: Literal["sequence", "brief", "instruct"] = "sequence"
-    """`sequence`: every title of a history is a target. `brief`: the same, titles cut after the
-    token that tells them apart. `instruct`: the paper's prompts."""
-    loss: Literal["trie", "vocabulary"] = "trie"
-    """`trie` normalises over the children of branching trie nodes; `vocabulary` over all tokens."""
-    prior_in_loss: bool = True
-    """Add the log clicks behind each trie branch to its logit (arXiv 2007.07314); `trie` only."""
-    lora: LoraConfig = LoraConfig()
-    num_steps: PositiveInt = 100
-    batch_size: PositiveInt = 8
-    """Histories per optimiser step over all workers."""
-    micro_batch_size: PositiveInt | None = None
-    """Examples per forward pass and worker; changes memory, not the result. Null: one pass."""
-    learning_rate: PositiveFloat = 1e-3
-    warmup_fraction: Fraction = 0.05
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    max_titles: Annotated[int, Field(ge=2)] = 30
-    """Titles per training history; longer histories are cropped at a seeded random place."""
-    max_tokens: PositiveInt = 1024
-    """Tokens per training row; oldest titles go first."""
-
-    @model_validator(mode="after")
-    def _whole_parts(self) -> TrainingConfig:
-        self.num_parts(1)
-        return self
-
-    def num_parts(self, num_workers: int) -> int:
-        """Forward passes per worker and optimiser step; ValueError where they come out uneven."""
-        share, size = self.batch_size // num_workers, self.micro_batch_size
-        if size is not None and share % size:
-            raise ValueError(
-                f"`batch_size` {self.batch_size} over {num_workers} worker(s) is {share} each, not "
-                f"divisible by `micro_batch_size` {size}"
-            )
-        return 1 if size is None else share // size
-
-    @model_validator(mode="after")
-    def _brief_needs_the_trie(self) -> TrainingConfig:
-        if self.style == "brief" and self.loss != "trie":
-            raise ValueError("`style: brief` cuts titles, so it needs `loss: trie`")
-        return self
-
-    @property
-    def learns_with_prior(self) -> bool:
-        """Whether the trained model's own likelihood has the prior inside the trie."""
-        return self.loss == "trie" and self.prior_in_loss
-
-
-class DeepSpeedConfig(Section):
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    offload: Literal["none", "cpu"] = "none"
-    """Where ZeRO keeps the optimiser (and, at stage 3, the parameters)."""
-
-    @model_validator(mode="after")
-    def _offload_needs_zero(self) -> DeepSpeedConfig:
-        if self.offload == "cpu" and self.zero_stage == 0:
-            raise ValueError("`offload: cpu` needs `zero_stage` 1, 2 or 3")
-        return self
-
-
-class TrainConfig(TrainingConfig):
-    """The base spirit, on Ray Train."""
-
-    num_workers: PositiveInt = 1
-    gpus_per_worker: NonNegativeFloat = 0.0
-    cpus_per_worker: PositiveFloat = 1.0
-    engine: Literal["deepspeed", "torch"] = "deepspeed"
-    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    checkpoint_every: PositiveInt = 50
-    """Optimiser steps between checkpoints."""
-    num_checkpoints_to_keep: PositiveInt = 2
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts from the last checkpoint after lost workers."""
-
-    @model_validator(mode="after")
-    def _divisible(self) -> TrainConfig:
-        if self.batch_size % self.num_workers:
-            raise ValueError(
-                f"`batch_size` {self.batch_size} is not divisible by `num_workers` "
-                f"{self.num_workers}"
-            )
-        self.num_parts(self.num_workers)
-        if self.engine == "torch" and self.num_workers > 1:
-            raise ValueError("`engine: torch` is for one worker; use `engine: deepspeed`")
-        return self
-
-
-_FORM_FIELDS = ("style", "loss", "prior_in_loss")
-"""What decides the form of the prompts and the likelihood that an adapter learns."""
-
-
-class TuneConfig(TrainingConfig):
-    """The ingredients, on Ray Tune: one trial per (domain, setting)."""
-
-    search: dict[str, tuple[Any, ...]] = {}
-    """Grid over fields of this section, e.g. `{learning_rate: [1e-3, 5e-4]}`; `lora.rank` works.
-
-    Not over `style`, `loss` and `prior_in_loss`: spirit and ingredient are mixed in one form.
-    """
-    num_valid_users: PositiveInt = 50
-    """Validation users that choose among a domain's trials."""
-    cpus_per_trial: PositiveFloat = 1.0
-    gpus_per_trial: NonNegativeFloat = 0.0
-    max_concurrent_trials: PositiveInt | None = None
-    """Null: as many as the cluster has resources for."""
-    checkpoint_every: PositiveInt = 50
-
-    @model_validator(mode="after")
-    def _search_fields(self) -> TuneConfig:
-        self.settings()
-        return self
-
-    def settings(self) -> tuple[TrainingConfig, ...]:
-        """One `TrainingConfig` per point of the grid."""
-        for key, values in self.search.items():
-            if key in _FORM_FIELDS:
-                raise ValueError(
-                    f"`search` names `{key}`, which is no matter of search: spirit and ingredient "
-                    "are mixed and scored in one form; set it under `train` and `tune`"
-                )
-            if not values:
-                raise ValueError(f"`search` gives no value for {key}; list at least one")
-        points: list[TrainingConfig] = []
-        for values in itertools.product(*self.search.values()):
-            fields: dict[str, Any] = {
-                name: getattr(self, name) for name in TrainingConfig.model_fields
-            }
-            fields["lora"] = self.lora.model_dump()
-            for key, value in zip(self.search, values, strict=True):
-                if key == "micro_batch_size":
-                    raise ValueError("`micro_batch_size` shapes no result: set it beside `search`")
-                section, _, leaf = key.rpartition(".")
-                target = fields["lora"] if section == "lora" else fields
-                if section not in ("", "lora") or leaf not in target or leaf == "lora":
-                    raise ValueError(
-                        f"`search` names the unknown field {key}; known: "
-                        f"{', '.join(f for f in TrainingConfig.model_fields if f != 'lora')}, "
-                        f"{', '.join('lora.' + f for f in LoraConfig.model_fields)}"
-                    )
-                target[leaf] = value
-            point = TrainingConfig.model_validate(fields)
-            if point in points:
-                raise ValueError("`search` has the same point twice; give each value once")
-            points.append(point)
-        return tuple(points)
 
 
 class MergeConfig(Section):

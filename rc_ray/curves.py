@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rc_ray.artifacts import write_text
-from rc_ray.config import Experiment, TrainingConfig
+from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError
 from rc_ray.progress import JsonlTail
+from rc_ray.training_config import TrainingConfig
 
 
 def shaping_config(training: TrainingConfig, experiment: Experiment) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from rc_ray.artifacts import read_json, write_json
 from rc_ray.assets import model_dir
-from rc_ray.config import DeepSpeedConfig, TrainingConfig
 from rc_ray.core.adapters import Adapter, LoraPair, load_adapter, save_adapter
 from rc_ray.core.domains import Domain
 from rc_ray.core.model import LanguageModel, with_lora
@@ -36,6 +35,7 @@ from rc_ray.core.training import (
     train_steps,
 )
 from rc_ray.errors import ArtifactError, ConfigError
+from rc_ray.training_config import DeepSpeedConfig, TrainingConfig
 
 _STATE = "state.json"
 _TORCH_STATE = "optimizer.pt"

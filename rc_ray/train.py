@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
-from rc_ray.config import Experiment, TrainConfig
+from rc_ray.config import Experiment
 from rc_ray.curves import read_metrics, summary, write_metrics
 from rc_ray.errors import ConfigError, UserError
 from rc_ray.progress import JsonlTail, Progress, polled
 from rc_ray.session import require_resources
+from rc_ray.training_config import TrainConfig
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint

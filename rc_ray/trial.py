@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, write_json, write_manifest
-from rc_ray.config import TrainingConfig
 from rc_ray.core.adapters import Adapter, check_adapter, load_adapter, save_adapter
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.metrics import ndcg, rank_targets
@@ -24,6 +23,7 @@ from rc_ray.core.ranking import Ranker
 from rc_ray.curves import read_metrics, summary, write_metrics
 from rc_ray.engines import build_learner, check_trained, local_model_dir, prepare_process
 from rc_ray.errors import UserError
+from rc_ray.training_config import TrainingConfig
 
 _CHECKPOINT = ".checkpoint"
 """Hidden: no part of what the manifest seals."""

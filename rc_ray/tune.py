@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 
 from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
-from rc_ray.config import Experiment, TrainingConfig
+from rc_ray.config import Experiment
 from rc_ray.curves import read_metrics, shaping_config, summary
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.progress import JsonlTail, Progress, TaskHandle, polled
 from rc_ray.session import require_resources
+from rc_ray.training_config import TrainingConfig
 
 _MAX_RESTARTS = 2
 """Of a trial whose process died; an exception is final."""

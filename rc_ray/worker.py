@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from rc_ray.config import TrainConfig
 from rc_ray.core.domains import read_domain
 from rc_ray.core.model import choose_dtype, load_language_model
 from rc_ray.engines import Learner, build_learner, local_model_dir, prepare_process
 from rc_ray.errors import ArtifactError, UserError
+from rc_ray.training_config import TrainConfig
 
 _REPORT_EVERY_S = 1.0
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rc_ray.config import Experiment, TrainConfig, TrainingConfig, TuneConfig, load
+from rc_ray.config import Experiment, load
 from rc_ray.curves import shaping_config
+from rc_ray.training_config import TrainConfig, TrainingConfig
+from rc_ray.tune_config import TuneConfig
 from tests.tiny import make_experiment
 
 ROOT = Path(__file__).resolve().parents[1]

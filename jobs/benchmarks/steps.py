@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from rc_ray.assets import model_dir
-from rc_ray.config import TrainingConfig
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.model import choose_dtype, load_language_model, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.training import TorchEngine, TrainingModule, TrainingPlan, train_steps
+from rc_ray.training_config import TrainingConfig
 
 NUM_STEPS = 6
 NUM_USERS = 16

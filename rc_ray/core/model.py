@@ -29,9 +29,9 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from rc_ray.config import LoraConfig
 from rc_ray.core.adapters import Adapter, first_line
 from rc_ray.errors import ArtifactError
+from rc_ray.training_config import LoraConfig
 
 
 class AdapterMix:

@@ -20,12 +20,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rc_ray.config import TrainingConfig
 from rc_ray.core.batches import Batch, Example, count_targets, pack
 from rc_ray.core.domains import Domain
 from rc_ray.core.model import decoder_hidden, output_rows
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.trie import CatalogueTrie
+from rc_ray.training_config import TrainingConfig
 
 
 class StepMetrics(TypedDict):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from rc_ray.config import LoraConfig, TrainingConfig
 from rc_ray.core.batches import Batch, Example, pack
 from rc_ray.core.domains import Domain
 from rc_ray.core.model import LanguageModel, load_language_model, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import TorchEngine, TrainingModule, TrainingPlan, train_steps
+from rc_ray.training_config import LoraConfig, TrainingConfig
 from tests.tiny import make_model
 
 TITLES = ("Red Lamp", "Red River", "Blue Lamp", "Old Piano", "Old Pond", "Tin", "Tiny Window")

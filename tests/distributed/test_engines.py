@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from rc_ray import engines
-from rc_ray.config import DeepSpeedConfig, Experiment
+from rc_ray.config import Experiment
 from rc_ray.core.adapters import Adapter, load_adapter
 from rc_ray.core.domains import read_domain
 from rc_ray.core.model import load_language_model
 from rc_ray.engines import Learner, build_learner, check_trained
 from rc_ray.errors import ArtifactError
+from rc_ray.training_config import DeepSpeedConfig
 
 pytestmark = pytest.mark.distributed
 

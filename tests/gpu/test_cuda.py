@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from rc_ray.config import TrainingConfig
 from rc_ray.core.model import choose_dtype, load_language_model, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.training import TorchEngine, TrainingModule, TrainingPlan, train_steps
+from rc_ray.training_config import TrainingConfig
 from tests.core.test_training import make_domain
 from tests.tiny import ADJECTIVES, NOUNS, make_model
 
