@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gzip
+import re
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,39 @@ def test_a_file_cut_off(name: str, suffix: str, tmp_path: Path) -> None:
     message = refused(path)
     assert "is cut off or damaged here" in message
     assert message.startswith(f"{name}{suffix}: line ")
+
+
+def test_a_file_cut_off_names_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the standard library sees it: the lines that can be unpacked, and the one that breaks."""
+    import random
+    import zlib
+
+    numbers = random.Random(0)
+    times = [str(numbers.randrange(10**9)) for _ in range(20_000)]
+    path = write(tmp_path / "log.csv.gz", csv(*times))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    unpacked = zlib.decompressobj(31).decompress(path.read_bytes())
+    last = unpacked.count(b"\n") + 1
+    for block_bytes in (4 << 20, 1 << 14):
+        monkeypatch.setattr(text, "BLOCK_BYTES", block_bytes)
+        found = re.match(r"log\.csv\.gz: line (\d+): the gzip data is cut off", refused(path))
+        assert found is not None
+        # The last bytes of a broken stream may not come out.
+        assert last - 10 <= int(found[1]) <= last
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_wanted_column_that_is_there_twice(suffix: str, tmp_path: Path) -> None:
+    names = ["user_id", "user_id", "item_id", "timestamp", "note", "note"]
+    path = tmp_path / f"log.{suffix}"
+    if suffix == "csv":
+        write(path, ",".join(names) + "\nu,v,a,1,x,y\n")
+    else:
+        columns = [pa.array([one]) for one in ("u", "v", "a", 1, "x", "y")]
+        pq.write_table(pa.Table.from_arrays(columns, names), path)
+    message = refused(path)
+    assert message.startswith(f"log.{suffix}: the column `user_id` (user_id) is there 2 times")
 
 
 def test_a_packed_file_without_the_suffix_and_the_reverse(tmp_path: Path) -> None:

@@ -183,12 +183,21 @@ class ShardReader:
                 )
 
     def _columns_of(self, header: list[str]) -> dict[str, tuple[str, ...]]:
-        """Field -> columns that the header has."""
+        """Field -> columns that the header has, each once."""
         found = {
             field: tuple(column for column in columns if column in header)
             for field, columns in self._layout.columns.items()
         }
         self._refuse_absent(found, set(header))
+        for field, columns in found.items():
+            for column in columns:
+                if header.count(column) > 1:
+                    raise fault(
+                        self._path,
+                        "",
+                        f"the column `{column}` ({field}) is there {header.count(column)} times; "
+                        "leave one of them or rename the others",
+                    )
         return found
 
     def _refuse_absent(
