@@ -187,7 +187,8 @@ def costs(findings: Findings) -> str:
         rows.append((str(row.get("system", "")), cells))
     note = (
         "Seconds of one process. Lower layers that several systems share are run once, and their "
-        "time is divided among the systems; memory is the most that the scoring process ever held."
+        "time is divided among the systems; memory is the most main memory that the process ever "
+        "held."
     )
     return (
         '<h2 id="costs">Costs</h2><details class="card"><summary>tokens, seconds, memory</summary>'

@@ -24,6 +24,7 @@ from rc_ray.core.raw_text import (
     lines_from,
     refuse_unclosed,
 )
+from rc_ray.core.readers.faults import listed
 
 __all__ = ["FractionalTimes", "SourceError", "csv_batches", "parquet_batches", "times"]
 
@@ -58,7 +59,7 @@ def parquet_batches(
                 missing = [n for n in schema.names if n not in found and n not in optional]
                 if missing:
                     raise SourceError(
-                        f"{path}: the column `{missing[0]}` is missing; found: {', '.join(found)}"
+                        f"{path}: the column `{missing[0]}` is missing; found: {listed(found)}"
                     )
                 wanted = [name for name in schema.names if name in found]
                 _refuse_repeats(path, wanted, found)
@@ -116,7 +117,7 @@ def csv_batches(
                     else f"set `columns.{name}` or `delimiter` of the source"
                 )
                 raise SourceError(
-                    f"{path}: the column `{column}` is missing; found: {', '.join(found)}; {fix}"
+                    f"{path}: the column `{column}` is missing; found: {listed(found)}; {fix}"
                 )
         # Everything is read as text first: types are then ours to decide and to complain about.
         text = QuoteCounter(path)

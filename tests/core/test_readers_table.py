@@ -369,6 +369,13 @@ def test_a_file_cut_off_names_the_line(tmp_path: Path, monkeypatch: pytest.Monke
         assert last - 10 <= int(found[1]) <= last
 
 
+def test_a_space_in_the_header_is_seen(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", "user_id, item_id,timestamp\nu, a,1\n")
+    assert "the column `item_id` (item_id) is missing; found: ' item_id', timestamp" in refused(
+        path
+    )
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_wanted_column_that_is_there_twice(suffix: str, tmp_path: Path) -> None:
     names = ["user_id", "user_id", "item_id", "timestamp", "note", "note"]

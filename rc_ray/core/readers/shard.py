@@ -14,7 +14,7 @@ from rc_ray.core.readers.batch import Batch, Kind
 from rc_ray.core.readers.columnar import Columnar
 from rc_ray.core.readers.conform import Conform
 from rc_ray.core.readers.delimited import Delimited
-from rc_ray.core.readers.faults import fault, one_line, shown
+from rc_ray.core.readers.faults import fault, listed, one_line
 from rc_ray.core.readers.json_lines import JsonLines
 from rc_ray.core.readers.layout import (
     ARCHIVES,
@@ -209,7 +209,7 @@ class ShardReader:
         for field in REQUIRED[self._layout.role]:
             if (names | spared).isdisjoint(columns.get(field, ())):
                 asked = " or ".join(f"`{name}`" for name in self._layout.columns.get(field, ()))
-                found = ", ".join(map(shown, sorted(names)[:20]))
+                found = listed(sorted(names)[:20])
                 raise fault(
                     self._path,
                     "",
