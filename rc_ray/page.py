@@ -57,6 +57,9 @@ def _summary(findings: Findings) -> str:
     if data.spirit:
         parts.append(f"spirit from {', '.join(data.spirit)}")
     parts.append(f"domains {', '.join(data.ingredients)}")
+    num_seeds = experiment.evaluate.num_seeds
+    if num_seeds > 1 and "sasrec" in findings.results.systems():
+        parts.append(f"sasrec: mean over {num_seeds} seeds")
     parts.append(f"seed {experiment.seed}; rc_ray {__version__}.")
     return html.escape("; ".join(parts))
 

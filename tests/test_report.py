@@ -18,7 +18,7 @@ from rich.console import Console
 from rc_ray import artifacts, charts, recipes, report
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError
-from rc_ray.findings import read_findings
+from rc_ray.findings import Findings, read_findings
 from rc_ray.page import render
 from rc_ray.page_parts import difference_cell
 from rc_ray.progress import Progress
@@ -398,6 +398,11 @@ def test_long_names_of_systems_stay_within_the_chart() -> None:
     assert float(place[1]) >= 6.6 * len("title_embedding")
 
 
+def page_summary(findings: Findings) -> str:
+    """The line below the heading."""
+    return render(findings).partition('<p class="soft">')[2].partition("</p>")[0]
+
+
 def test_eight_domains_of_baselines_get_an_overview(experiment: Experiment) -> None:
     names = [f"domain{i}" for i in range(8)]
     findings = replace(
@@ -410,6 +415,11 @@ def test_eight_domains_of_baselines_get_an_overview(experiment: Experiment) -> N
             {"domain": NASTY, "system": "base", "what": "catalogue", "proved": 0.5, "seconds": 1},
         ],
     )
+    assert "seeds" not in page_summary(findings)
+    settings = findings.experiment.evaluate.model_copy(update={"num_seeds": 3})
+    trained_thrice = findings.experiment.model_copy(update={"evaluate": settings})
+    findings = replace(findings, experiment=trained_thrice)
+    assert "sasrec: mean over 3 seeds" in page_summary(findings)
     page = render(findings)
     assert all(f'href="#on-{name}"' in page and f'id="on-{name}"' in page for name in names)
     assert page.count("<b>0.400</b>") == 2 * 8  # the best of both columns of each domain
