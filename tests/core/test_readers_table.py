@@ -297,7 +297,7 @@ def test_times_with_and_without_an_offset_in_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "words"),
     [
-        ({"timestamp": pa.array([2**64 - 1], pa.uint64())}, "row 1 or one of the 0 rows after it"),
+        ({"timestamp": pa.array([2**64 - 1], pa.uint64())}, "row 1: cannot be read: Integer value"),
         ({"user_id": pa.array([True])}, "row 1: `user_id` has the type bool; ids are text or"),
         ({"item_id": pa.array([["a"]])}, "row 1: `item_id` has the type list<"),
         ({"rating": pa.array([["a"]])}, "row 1: `rating` has the type list<"),
@@ -310,6 +310,15 @@ def test_parquet_columns_of_another_type(
     table = {"user_id": ["u"], "item_id": ["a"], "timestamp": [1], "rating": [1.5], **column}
     pq.write_table(pa.table(table), path)
     assert words in refused(path)
+
+
+def test_a_value_that_arrow_cannot_hold_is_found_among_many(tmp_path: Path) -> None:
+    times = [1] * 1000
+    times[617] = 2**64 - 1
+    table = {"user_id": ["u"] * 1000, "item_id": ["a"] * 1000}
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({**table, "timestamp": pa.array(times, pa.uint64())}), path)
+    assert refused(path).startswith("log.parquet: row 618: cannot be read: Integer value")
 
 
 def test_missing_ratings(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ class ShardReader:
             try:
                 converted = convert(batch)
             except pa.ArrowException as error:
-                where = f"{batch.where(0)} or one of the {batch.num_rows - 1:,} rows after it"
+                where = batch.where(_first_bad(batch, convert))
                 raise fault(self._path, where, f"cannot be read: {one_line(error)}") from None
             self._tick(0, batch.num_rows)
             if first and names is not None:
@@ -220,6 +220,25 @@ class ShardReader:
         if self._layout.free:
             return f"name the right one with `--column {field}=NAME`"
         return "is the file of another format or release? `table` takes a map of columns"
+
+
+def _first_bad(batch: Batch, convert: Callable[[Batch], Any]) -> int:
+    """The first row that cannot be converted, by halving."""
+    start, end = 0, batch.num_rows
+    while end - start > 1:
+        middle = (start + end) // 2
+        try:
+            convert(_part(batch, start, middle))
+        except pa.ArrowException:
+            end = middle
+        else:
+            start = middle
+    return start
+
+
+def _part(batch: Batch, start: int, end: int) -> Batch:
+    columns = {name: column.slice(start, end - start) for name, column in batch.columns.items()}
+    return Batch(columns, end - start, lambda row: batch.where(start + row))
 
 
 def _flat(columns: Mapping[str, tuple[str, ...]]) -> list[str]:
