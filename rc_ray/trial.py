@@ -232,13 +232,13 @@ def _train(
                 log.write(json.dumps({**metrics, "tokens_per_s": rate}) + "\n")
                 log.flush()
                 num_done = metrics["step"] + 1
-                if num_done % trial["checkpoint_every"] == 0 or num_done == setting.num_steps:
+                if num_done % trial["checkpoint_every"] == 0 or learner.finished:
                     with replaced_dir(checkpoint) as work:
                         learner.save(work, num_done)
                 valid_loss = metrics.get("valid_loss")
-                if report is not None and valid_loss is not None:
+                if report is not None and valid_loss is not None and not learner.finished:
                     report(num_done, valid_loss)
-        return learner.adapter()
+        return learner.result()
     finally:
         learner.peft_model.unload()
         lm.model.eval()

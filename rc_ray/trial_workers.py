@@ -110,7 +110,9 @@ def _train(trial: dict[str, Any], folder: Path) -> None:
     if result.checkpoint is None:
         raise UserError("its workers wrote no checkpoint")
     with result.checkpoint.as_directory() as checkpoint:
-        shutil.copytree(Path(checkpoint) / "adapter", folder / "adapter", dirs_exist_ok=True)
+        best = Path(checkpoint) / "best"
+        source = best if best.is_dir() else Path(checkpoint) / "adapter"
+        shutil.copytree(source, folder / "adapter", dirs_exist_ok=True)
 
 
 def _reporter(path: Path) -> Any:
