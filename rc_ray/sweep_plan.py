@@ -154,9 +154,13 @@ def trial_config(
     }
 
 
+def order_path(orders: Path, trial: Trial) -> Path:
+    return orders / f"{trial.domain}.{trial.folder.name}.json"
+
+
 def write_order(orders: Path, trial: Trial, config: Mapping[str, Any]) -> Path:
     """Write what a worker needs for a trial; the file's path is all that Ray Tune carries."""
-    path = orders / f"{trial.domain}.{trial.folder.name}.json"
+    path = order_path(orders, trial)
     artifacts.write_json(path, dict(config))
     return path
 

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import shutil
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,19 @@ WORKERS = ".workers"
 _CHECKPOINT = ".checkpoint"
 """Hidden: no part of what the manifest seals."""
 _TRAINED = "training_fingerprint"
+
+
+class _Clock:
+    """Where a process's time went; Unix seconds of its start, seconds of its laps."""
+
+    def __init__(self) -> None:
+        self.spent = {"started_at": time.time()}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.spent[name] = round(now - self._last, 3)
+        self._last = now
 
 
 Report = Callable[[int, float], None]
@@ -101,6 +115,7 @@ def train_ingredient(
     Returns:
         The manifest's metrics.
     """
+    clock = _Clock()
     folder = Path(trial["folder"])
     setting = TrainingConfig.model_validate(trial["setting"])
     prepare_process(trial["num_cpus"])
@@ -108,12 +123,14 @@ def train_ingredient(
     folder_of_base = local_model_dir(trial["model_dir"], trial["model"]["path"])
     lm = _base(folder_of_base, trial["model"]["dtype"], device)
     domain = read_domain(Path(trial["domain_dir"]))
+    clock.lap("load_s")
     folder.mkdir(parents=True, exist_ok=True)
     sealed = _trained(trial, folder)
     if sealed is not None:
         adapter = sealed
     elif adapter is None:
         adapter = _train(trial, setting, lm, domain, folder, report)
+    clock.lap("train_s")
     check_adapter(adapter, folder)
     check_trained(adapter, folder)
     renderer = PromptRenderer(lm.tokenizer, setting.style)
@@ -134,6 +151,7 @@ def train_ingredient(
             seed=trial["seed"],
             with_prior=setting.learns_with_prior,
         )
+    clock.lap("rank_s")
     rows = read_metrics(folder / "metrics.jsonl")
     if sealed is None:
         save_adapter(folder / "adapter", adapter, trial["model"]["path"])
@@ -142,6 +160,7 @@ def train_ingredient(
         **summary(rows),
         "valid_ndcg": quality,
         "num_valid_users": num_users,
+        "spent": clock.spent,
         _TRAINED: trial["training_fingerprint"],
     }
     write_manifest(

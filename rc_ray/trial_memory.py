@@ -64,7 +64,7 @@ def read_shape(folder: Path) -> BaseShape:
             num_parameters,
             int(config["num_hidden_layers"]),
             int(config["hidden_size"]),
-            int(config["intermediate_size"]),
+            int(config.get("intermediate_size") or 4 * config["hidden_size"]),
             int(config["vocab_size"]),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
