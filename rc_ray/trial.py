@@ -1,4 +1,4 @@
-"""One trial of Ray Tune: train an ingredient in this process, rank validation, seal the folder."""
+"""One trial: train an ingredient in this process, rank validation, seal the folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, write_json, write_manifest
+from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, write_manifest
 from rc_ray.core.adapters import Adapter, check_adapter, load_adapter, save_adapter
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.metrics import ndcg, rank_targets
@@ -25,7 +24,6 @@ from rc_ray.core.ranking import Ranker
 from rc_ray.curves import read_metrics, summary, write_metrics
 from rc_ray.engines import build_learner, check_trained, local_model_dir, prepare_process
 from rc_ray.errors import UserError
-from rc_ray.sweep_plan import ERROR, STOPPED
 from rc_ray.training_config import TrainingConfig
 
 WORKERS = ".workers"
@@ -50,54 +48,6 @@ class _Clock:
 
 Report = Callable[[int, float], None]
 """Takes the number of steps done and the validation loss after them."""
-
-
-def run_trial(config: dict[str, Any]) -> None:
-    """Ray Tune's trainable: never raises, so that only a dead process is tried again.
-
-    What went wrong stands in `error.json` of the trial's folder.
-
-    Args:
-        config: `trial` is the path of the trial's order, see `rc_ray.sweep_plan`.
-    """
-    from ray import tune
-
-    folder: Path | None = None
-
-    def report(num_steps: int, valid_loss: float) -> None:
-        tune.report({"num_steps_done": num_steps, "valid_loss": valid_loss})
-
-    try:
-        trial = read_json(Path(config["trial"]))
-        folder = Path(trial["folder"])
-        _begin(folder)
-        judged = report if trial["scheduler"] is not None else None
-        if trial["num_workers"] > 1:
-            from rc_ray.trial_workers import train_on_workers
-
-            metrics = train_on_workers(trial)
-        else:
-            metrics = train_ingredient(trial, judged)
-    except Exception as error:
-        traceback.print_exc()  # into the worker's log
-        _base.cache_clear()  # it may still carry the LoRA
-        text = str(error).strip() or type(error).__name__
-        if not isinstance(error, UserError):
-            text = f"{type(error).__name__}: {text}"
-        if folder is None:
-            raise  # the order itself cannot be read
-        write_json(folder / ERROR, {"error": text.splitlines()[0]})
-        tune.report({"failed": True})
-        return
-    tune.report({"failed": False, **metrics})
-
-
-def _begin(folder: Path) -> None:
-    """Show that the trial has a process, and forget how it ended before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").touch()
-    for name in (ERROR, STOPPED):
-        (folder / name).unlink(missing_ok=True)
 
 
 def train_ingredient(
@@ -261,6 +211,11 @@ def _train(
     finally:
         learner.peft_model.unload()
         lm.model.eval()
+
+
+def forget_base() -> None:
+    """Drop the loaded base model, which a failed trial may have left with its LoRA."""
+    _base.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)

@@ -216,7 +216,7 @@ def _fit(
     from rc_ray.assets import model_dir
     from rc_ray.sweep import fit
     from rc_ray.sweep_view import SweepView
-    from rc_ray.trial import run_trial
+    from rc_ray.trial_process import run_trial
 
     config = experiment.tune
     model = model_dir(experiment.model.path, console.note)

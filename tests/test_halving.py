@@ -12,7 +12,8 @@ from rc_ray import artifacts
 from rc_ray.curves import write_metrics
 from rc_ray.tune_config import TuneConfig
 
-pytestmark = pytest.mark.distributed  # imports Ray Tune, starts nothing
+# Nothing runs on Ray here, but Ray must not be imported before the tests' session sets it up.
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("ray_local")]
 
 SETTINGS = {"name": "asha", "grace_period": 2, "reduction_factor": 2.0}
 
