@@ -48,10 +48,9 @@ def write_summary(
         },
         "domains": domains,
     }
-    folder = run.root / "ingredients"
-    write_json(folder / "sweep.json", told)
-    write_text(folder / "sweep.md", _markdown(experiment, told))
-    return folder / "sweep.md"
+    write_json(run.sweep_path.with_suffix(".json"), told)
+    write_text(run.sweep_path, _markdown(experiment, told))
+    return run.sweep_path
 
 
 def _of_domain(rows: list[dict[str, Any]]) -> dict[str, Any]:
