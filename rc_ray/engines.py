@@ -22,6 +22,7 @@ from rc_ray.artifacts import read_json, write_json
 from rc_ray.assets import model_dir
 from rc_ray.core.adapters import Adapter, LoraPair, load_adapter, save_adapter
 from rc_ray.core.domains import Domain
+from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.model import LanguageModel, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import (
@@ -235,6 +236,8 @@ def build_learner(
                 f"{state['world_size']} worker(s) with {state['kind']}, this run has {world_size} "
                 f"with {kind}"
             )
+    if deepspeed is None or deepspeed.zero_stage < 3:  # stage 3 gathers weights module by module
+        fuse_lora(peft_model)
     module = TrainingModule(peft_model, plan.tries, config, world_size).to(lm.device)
     library = None
     engine: Engine
