@@ -12,6 +12,7 @@ Letters: N tokens, I input size, O output size, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ from torch import Tensor, nn
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W^T + bias + scale * (x A^T) B^T, differentiable in x, A and B; W is frozen."""
+    """x W^T + bias + scale * (x A^T) B^T, differentiable in x, A and B; W is frozen.
+
+    The tokens may belong to several adapters, one run of neighbours each; the base's product is
+    made once for all of them.
+    """
 
     @staticmethod
     def forward(
@@ -29,32 +34,71 @@ class _LoraLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
         scale: float,
+        num_tokens: tuple[int, ...],
+        *matrices: Tensor,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (N, I)
-        low_a, low_b = a.to(x.dtype), b.to(x.dtype)
-        down = flat @ low_a.T  # (N, R)
         output = nn.functional.linear(flat, weight, bias)  # (N, O)
-        output.addmm_(down, low_b.T, alpha=scale)
-        ctx.save_for_backward(flat, down, weight, low_a, low_b)
-        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (a.dtype, b.dtype)
+        low = [matrix.to(x.dtype) for matrix in matrices]  # A, B, A, B, ...
+        down = []
+        for part, out, a, b in zip(
+            flat.split(num_tokens), output.split(num_tokens), low[::2], low[1::2], strict=True
+        ):
+            down.append(part @ a.T)  # (N of this adapter, R)
+            out.addmm_(down[-1], b.T, alpha=scale)
+        ctx.save_for_backward(flat, weight, *low, *down)
+        ctx.scale, ctx.shape, ctx.num_tokens = scale, x.shape, num_tokens
+        ctx.dtypes = [matrix.dtype for matrix in matrices]
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, down, weight, a, b = ctx.saved_tensors
+        flat, weight, *saved = ctx.saved_tensors
+        sizes, count = ctx.num_tokens, len(ctx.num_tokens)
+        low, down = saved[: 2 * count], saved[2 * count :]
         grad = grads[0].reshape(-1, weight.shape[0])  # (N, O)
-        grad_down = grad @ b  # (N, R)
-        grad_a = (grad_down.T @ flat).to(ctx.dtypes[0]).mul_(ctx.scale)  # (R, I)
-        grad_b = (grad.T @ down).to(ctx.dtypes[1]).mul_(ctx.scale)  # (O, R)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight  # (N, I)
-            grad_x.addmm_(grad_down, a, alpha=ctx.scale)
-            grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, grad_a, grad_b, None
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None  # (N, I)
+        grads_x = [None] * count if grad_x is None else grad_x.split(sizes)
+        found: list[Tensor] = []
+        for k, (part, grad_part) in enumerate(
+            zip(flat.split(sizes), grad.split(sizes), strict=True)
+        ):
+            a, b = low[2 * k], low[2 * k + 1]
+            grad_down = grad_part @ b  # (N of this adapter, R)
+            found.append((grad_down.T @ part).to(ctx.dtypes[2 * k]).mul_(ctx.scale))  # (R, I)
+            found.append((grad_part.T @ down[k]).to(ctx.dtypes[2 * k + 1]).mul_(ctx.scale))
+            into = grads_x[k]
+            if into is not None:
+                into.addmm_(grad_down, a, alpha=ctx.scale)
+        grad_x = None if grad_x is None else grad_x.view(ctx.shape)
+        return grad_x, None, None, None, None, *found
+
+
+def lora_linear(
+    x: Tensor,
+    linear: nn.Linear,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    scale: float,
+    num_tokens: tuple[int, ...],
+) -> Tensor:
+    """A frozen linear layer, each adapter's low-rank update on its own tokens.
+
+    Args:
+        x: (..., I) of N tokens, those of each adapter one after another.
+        linear: the base's layer.
+        pairs: per adapter A (R, I) and B (O, R).
+        scale: of every update.
+        num_tokens: of each adapter; they add up to N.
+
+    Returns:
+        (..., O), differentiable in `x` and `pairs`.
+    """
+    matrices = [matrix for pair in pairs for matrix in pair]
+    output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x, linear.weight, linear.bias, scale, num_tokens, *matrices
+    )
+    return output
 
 
 def fuse_lora(model: PeftModel) -> int:
@@ -96,9 +140,7 @@ def _fused_forward(layer: LoraLayer) -> Any:
     scale = float(layer.scaling[name])
 
     def forward(x: Tensor) -> Tensor:
-        result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-            x, base.weight, base.bias, a.weight, b.weight, scale
-        )
-        return result
+        pair = a.weight, b.weight
+        return lora_linear(x, base, [pair], scale, (x.numel() // x.shape[-1],))
 
     return forward

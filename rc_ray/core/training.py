@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rc_ray.core.batches import Batch, Example, count_targets, pack
 from rc_ray.core.domains import Domain
@@ -200,7 +201,7 @@ class TrainingModule(nn.Module):
     """A LoRA model whose forward pass is the loss of a batch.
 
     Args:
-        model: the trainable model.
+        model: the trainable model; a bare one where something else trains it.
         tries: by catalogue.
         config: which loss.
         world_size: workers whose gradients the engine averages.
@@ -208,7 +209,7 @@ class TrainingModule(nn.Module):
 
     def __init__(
         self,
-        model: PeftModel,
+        model: PeftModel | PreTrainedModel,
         tries: Mapping[str, CatalogueTrie],
         config: TrainingConfig,
         world_size: int = 1,
@@ -230,9 +231,14 @@ class TrainingModule(nn.Module):
         Multiplied by the number of workers, since engines average gradients over them.
         """
         hidden = decoder_hidden(self.model, batch.input_ids, batch.position_ids, batch.mask)
+        return self.loss(hidden, batch)
+
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The same from the last hidden states of the batch's rows, (B, T, H)."""
         flat = hidden.reshape(-1, hidden.shape[-1])  # (B * T, H)
         if self.config.loss == "vocabulary":
-            base = self.model.get_base_model()
+            model = self.model
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
             logits = base.get_output_embeddings()(flat[batch.token_positions])  # (Y, vocabulary)
             total = nn.functional.cross_entropy(
                 logits.float(), batch.token_targets, reduction="sum"
@@ -278,8 +284,11 @@ class TorchEngine:
 
     def step(self) -> None:
         self._num_calls += 1
-        if self._num_calls % self.num_parts:
-            return
+        if self._num_calls % self.num_parts == 0:
+            self.update()
+
+    def update(self) -> None:
+        """Act on the gradients as they are."""
         nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
