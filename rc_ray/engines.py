@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
 
 from rc_ray.artifacts import read_json, write_json
 from rc_ray.assets import model_dir
-from rc_ray.core.adapters import Adapter, adapter_of, load_adapter, save_adapter
+from rc_ray.core.adapters import Adapter, LoraPair, load_adapter, save_adapter
 from rc_ray.core.domains import Domain
 from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.model import LanguageModel, with_lora
@@ -37,8 +38,7 @@ from rc_ray.core.training import (
 from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.training_config import DeepSpeedConfig, TrainingConfig
 
-STATE = "state.json"
-"""Of a checkpoint: the steps done, the kind of learner, its number of workers."""
+_STATE = "state.json"
 _TORCH_STATE = "optimizer.pt"
 
 
@@ -147,7 +147,7 @@ class Learner:
         trainable = [p for p in self.module.parameters() if p.requires_grad]
         sharded = any(hasattr(parameter, "ds_id") for parameter in trainable)
         with self.deepspeed.zero.GatheredParameters(trainable) if sharded else nullcontext():
-            return adapter_of(self.peft_model)
+            return _read_adapter(self.peft_model)
 
     def save(self, folder: Path, num_steps_done: int) -> None:
         """Write a checkpoint: every rank calls, with a folder of its own or a shared one.
@@ -160,7 +160,7 @@ class Learner:
         if self.rank == 0:
             save_adapter(folder / "adapter", adapter, self.base_name)
             write_json(
-                folder / STATE,
+                folder / _STATE,
                 {
                     "num_steps_done": num_steps_done,
                     "kind": self.kind,
@@ -226,7 +226,7 @@ def build_learner(
     peft_model = with_lora(lm.model, config.lora, seed)
     start_step, note, full = 0, None, False
     if checkpoint is not None:
-        state = read_json(checkpoint / STATE)
+        state = read_json(checkpoint / _STATE)
         start_step = int(state["num_steps_done"])
         full = (state["kind"], state["world_size"]) == (kind, world_size)
         _write_adapter(peft_model, load_adapter(checkpoint / "adapter"), checkpoint / "adapter")
@@ -273,7 +273,7 @@ def build_learner(
     )
     if checkpoint is not None:
         if full:
-            load_optimizer(learner, checkpoint)
+            _load_optimizer(learner, checkpoint)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that no optimiser step came before: it did, once
@@ -292,12 +292,7 @@ def check_trained(adapter: Adapter, folder: Path) -> None:
         raise ArtifactError(f"{folder}: every lora_B is zero; the run has trained nothing")
 
 
-def load_optimizer(learner: Learner, checkpoint: Path) -> None:
-    """Go on with the optimiser and the schedule of a checkpoint of the same kind.
-
-    Raises:
-        ArtifactError: the checkpoint is damaged.
-    """
+def _load_optimizer(learner: Learner, checkpoint: Path) -> None:
     try:
         if isinstance(learner.engine, TorchEngine):
             state = torch.load(
@@ -316,6 +311,30 @@ def load_optimizer(learner: Learner, checkpoint: Path) -> None:
         ) from error
     if path is None:
         raise ArtifactError(f"{checkpoint}: no checkpoint of rank {learner.rank} in it")
+
+
+def _read_adapter(peft_model: PeftModel) -> Adapter:
+    """Copy the LoRA matrices off a PEFT model, in fp32, checking each against its layer."""
+    modules = {}
+    state: dict[str, Tensor] = get_peft_model_state_dict(peft_model)
+    layers = dict(peft_model.get_base_model().named_modules())
+    for key in sorted(key for key in state if key.endswith(".lora_A.weight")):
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        a, b = state[key], state[key.replace(".lora_A.", ".lora_B.")]
+        layer: Any = layers[name]
+        rank = int(layer.r["default"])
+        wanted = (rank, layer.in_features), (layer.out_features, rank)
+        if (tuple(a.shape), tuple(b.shape)) != wanted:
+            raise ArtifactError(
+                f"layer {name}: LoRA matrices of shape {tuple(a.shape)} and {tuple(b.shape)}, "
+                f"expected {wanted[0]} and {wanted[1]}"
+            )
+        modules[name] = LoraPair(
+            a=a.detach().to("cpu", torch.float32, copy=True),
+            b=b.detach().to("cpu", torch.float32, copy=True),
+            scale=float(layer.scaling["default"]),
+        )
+    return Adapter(modules)
 
 
 def _write_adapter(peft_model: PeftModel, adapter: Adapter, folder: Path) -> None:
