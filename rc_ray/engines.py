@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from rc_ray.core.training import (
     make_schedule,
     train_steps,
 )
+from rc_ray.core.validation import BestSoFar, HeldOutTitles
 from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.training_config import DeepSpeedConfig, TrainingConfig
 
@@ -124,11 +125,19 @@ class Learner:
     """Steps that a loaded checkpoint had done."""
     note: str | None = None
     """What a person should know about how the run was resumed."""
+    held_out: HeldOutTitles | None = None
+    """What is validated on; None without validation."""
+    best: BestSoFar = field(default_factory=BestSoFar)
+    finished: bool = False
+    """Whether no step remains, by their number or by `patience`."""
 
     def steps(self) -> Iterator[StepMetrics]:
-        """Run the remaining steps."""
+        """Run the remaining steps, validating where the settings say so."""
+        config = self.plan.config
+        if self.finished:
+            return
         self.module.train()
-        return train_steps(
+        for metrics in train_steps(
             self.engine,
             self.plan,
             device=self.device,
@@ -136,7 +145,35 @@ class Learner:
             start_step=self.start_step,
             rank=self.rank,
             world_size=self.world_size,
-        )
+        ):
+            num_done = metrics["step"] + 1
+            self.finished = num_done == config.num_steps
+            due = self.finished or num_done % (config.valid_every or config.num_steps) == 0
+            if self.held_out is not None and due:
+                metrics["valid_loss"] = self._validate(self.held_out, num_done)
+                self.finished |= self.best.exhausted(config.patience)
+            yield metrics
+            if self.finished:
+                return
+
+    def _validate(self, held_out: HeldOutTitles, num_done: int) -> float:
+        """Validation loss, the same on every rank; a new best is remembered."""
+        self.module.eval()
+        share = held_out.loss(self.module, self.device, self.rank, self.world_size)
+        self.module.train()
+        (loss,) = sum_over_ranks([share], self.world_size, self.device)
+        if self.best.improves(loss):
+            self.best = BestSoFar(loss, num_done, adapter=self.adapter())
+        else:
+            self.best.num_since += 1
+        return loss
+
+    def result(self) -> Adapter:
+        """The adapter that the run is for: the best one, the last without validation.
+
+        Every rank must call.
+        """
+        return self.best.adapter or self.adapter()
 
     def adapter(self) -> Adapter:
         """The LoRA as it is now, gathered over the workers: every rank must call.
@@ -159,12 +196,18 @@ class Learner:
         adapter = self.adapter()
         if self.rank == 0:
             save_adapter(folder / "adapter", adapter, self.base_name)
+            if self.best.adapter is not None:
+                save_adapter(folder / "best", self.best.adapter, self.base_name)
             write_json(
                 folder / _STATE,
                 {
                     "num_steps_done": num_steps_done,
                     "kind": self.kind,
                     "world_size": self.world_size,
+                    "finished": self.finished,
+                    "best_valid_loss": self.best.loss,
+                    "best_num_steps": self.best.num_steps,
+                    "num_validations_since_best": self.best.num_since,
                 },
             )
         if isinstance(self.engine, TorchEngine):
@@ -225,10 +268,21 @@ def build_learner(
     kind = f"{sharding} in {precision}"
     peft_model = with_lora(lm.model, config.lora, seed)
     start_step, note, full = 0, None, False
+    best, finished = BestSoFar(), False
+    held_out = HeldOutTitles(plan, config.num_valid_histories) if config.valid_every else None
+    if held_out is not None and not len(held_out):
+        held_out, note = None, "no domain has a validation user: trains without validation"
     if checkpoint is not None:
         state = read_json(checkpoint / _STATE)
         start_step = int(state["num_steps_done"])
         full = (state["kind"], state["world_size"]) == (kind, world_size)
+        finished = bool(state["finished"])
+        best = BestSoFar(
+            state["best_valid_loss"],
+            state["best_num_steps"],
+            state["num_validations_since_best"],
+            load_adapter(checkpoint / "best") if state["best_valid_loss"] is not None else None,
+        )
         _write_adapter(peft_model, load_adapter(checkpoint / "adapter"), checkpoint / "adapter")
         if not full and start_step < config.num_steps:
             note = (
@@ -270,6 +324,9 @@ def build_learner(
         world_size=world_size,
         start_step=start_step,
         note=note,
+        held_out=held_out,
+        best=best,
+        finished=finished,
     )
     if checkpoint is not None:
         if full:
@@ -280,6 +337,15 @@ def build_learner(
                 for _ in range(start_step):
                     schedule.step()
     return learner
+
+
+def sum_over_ranks(values: list[float], world_size: int, device: torch.device) -> list[float]:
+    """Element-wise sums over the workers, on every one of them."""
+    if world_size == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return [float(value) for value in total.tolist()]
 
 
 def check_trained(adapter: Adapter, folder: Path) -> None:

@@ -72,8 +72,13 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         manifest={"config": shaping, "seed": experiment.seed, "inputs": inputs},
     )
     shutil.rmtree(work, ignore_errors=True)
+    best = (
+        f", best validation loss {metrics['best_valid_loss']:.3f} after {metrics['best_num_steps']}"
+        if "best_valid_loss" in metrics
+        else ""
+    )
     console.note(
-        f"spirit: loss {metrics['final_loss']:.3f} after {metrics['num_steps']} steps, "
+        f"spirit: loss {metrics['final_loss']:.3f} after {metrics['num_steps']} steps{best}, "
         f"{time.monotonic() - start:.0f} s, in {folder.spirit_dir}"
     )
     return folder.spirit_dir
@@ -236,7 +241,7 @@ def _shown(metrics_path: Path, num_steps: int, console: Progress) -> Iterator[No
 def _finish(
     target: Path, checkpoint: Checkpoint, metrics_path: Path, *, manifest: dict[str, Any]
 ) -> dict[str, Any]:
-    """Check the last checkpoint's adapter and put it, sealed, in its place."""
+    """Check the last checkpoint's adapter, or the best in it, and put it sealed in its place."""
     from rc_ray.core.adapters import check_adapter, load_adapter
     from rc_ray.engines import check_trained
 
@@ -244,7 +249,10 @@ def _finish(
     metrics = summary(rows)
     with artifacts.replaced_dir(target) as work:
         with checkpoint.as_directory() as folder:
-            shutil.copytree(Path(folder) / "adapter", work, dirs_exist_ok=True)
+            best = Path(folder) / "best"
+            shutil.copytree(
+                best if best.is_dir() else Path(folder) / "adapter", work, dirs_exist_ok=True
+            )
         adapter = load_adapter(work)
         check_adapter(adapter, target)
         check_trained(adapter, target)

@@ -44,6 +44,18 @@ class TrainingConfig(Section):
     """Titles per training history; longer histories are cropped at a seeded random place."""
     max_tokens: PositiveInt = 1024
     """Tokens per training row; oldest titles go first."""
+    valid_every: PositiveInt | None = None
+    """Steps between validations; the run then ends with its best adapter. Null: the last one."""
+    num_valid_histories: PositiveInt = 64
+    """Validation users, a seeded sample over the domains, whose next title is to be told."""
+    patience: PositiveInt | None = None
+    """Validations without a new best before the run stops; null runs all steps."""
+
+    @model_validator(mode="after")
+    def _patience_needs_validation(self) -> TrainingConfig:
+        if self.patience is not None and self.valid_every is None:
+            raise ValueError("`patience` counts validations; set `valid_every` too")
+        return self
 
     @model_validator(mode="after")
     def _whole_parts(self) -> TrainingConfig:

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +24,79 @@ from rc_ray.core.ranking import Ranker
 from rc_ray.curves import read_metrics, summary, write_metrics
 from rc_ray.engines import build_learner, check_trained, local_model_dir, prepare_process
 from rc_ray.errors import UserError
+from rc_ray.sweep_plan import ERROR, STOPPED
 from rc_ray.training_config import TrainingConfig
 
+WORKERS = ".workers"
+"""Where Ray Train keeps its books of a trial with several workers."""
 _CHECKPOINT = ".checkpoint"
 """Hidden: no part of what the manifest seals."""
 _TRAINED = "training_fingerprint"
+
+
+Report = Callable[[int, float], None]
+"""Takes the number of steps done and the validation loss after them."""
 
 
 def run_trial(config: dict[str, Any]) -> None:
     """Ray Tune's trainable: never raises, so that only a dead process is tried again.
 
     What went wrong stands in `error.json` of the trial's folder.
+
+    Args:
+        config: `trial` is the path of the trial's order, see `rc_ray.sweep_plan`.
     """
     from ray import tune
 
-    trial = config["trial"]
+    folder: Path | None = None
+
+    def report(num_steps: int, valid_loss: float) -> None:
+        tune.report({"num_steps_done": num_steps, "valid_loss": valid_loss})
+
     try:
-        metrics = train_ingredient(trial)
+        trial = read_json(Path(config["trial"]))
+        folder = Path(trial["folder"])
+        _begin(folder)
+        judged = report if trial["scheduler"] is not None else None
+        if trial["num_workers"] > 1:
+            from rc_ray.trial_workers import train_on_workers
+
+            metrics = train_on_workers(trial)
+        else:
+            metrics = train_ingredient(trial, judged)
     except Exception as error:
         traceback.print_exc()  # into the worker's log
         _base.cache_clear()  # it may still carry the LoRA
         text = str(error).strip() or type(error).__name__
         if not isinstance(error, UserError):
             text = f"{type(error).__name__}: {text}"
-        write_json(Path(trial["folder"]) / "error.json", {"error": text.splitlines()[0]})
+        if folder is None:
+            raise  # the order itself cannot be read
+        write_json(folder / ERROR, {"error": text.splitlines()[0]})
         tune.report({"failed": True})
         return
     tune.report({"failed": False, **metrics})
 
 
-def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
+def _begin(folder: Path) -> None:
+    """Show that the trial has a process, and forget how it ended before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").touch()
+    for name in (ERROR, STOPPED):
+        (folder / name).unlink(missing_ok=True)
+
+
+def train_ingredient(
+    trial: dict[str, Any], report: Report | None = None, *, adapter: Adapter | None = None
+) -> dict[str, Any]:
     """Train from the last checkpoint on, rank the validation users, seal the folder.
 
     A folder that other validation settings have sealed is ranked anew without training.
 
     Args:
-        trial: what `rc_ray.tune` writes into the parameter space; all JSON-able.
+        trial: the trial's order; all JSON-able.
+        report: is told of every validation, and may end the thread.
+        adapter: the trained adapter, where others have trained it; its loss curve is in the folder.
 
     Returns:
         The manifest's metrics.
@@ -71,8 +109,11 @@ def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
     lm = _base(folder_of_base, trial["model"]["dtype"], device)
     domain = read_domain(Path(trial["domain_dir"]))
     folder.mkdir(parents=True, exist_ok=True)
-    trained = _trained(trial, folder)
-    adapter = _train(trial, setting, lm, domain, folder) if trained is None else trained
+    sealed = _trained(trial, folder)
+    if sealed is not None:
+        adapter = sealed
+    elif adapter is None:
+        adapter = _train(trial, setting, lm, domain, folder, report)
     check_adapter(adapter, folder)
     check_trained(adapter, folder)
     renderer = PromptRenderer(lm.tokenizer, setting.style)
@@ -94,7 +135,7 @@ def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
             with_prior=setting.learns_with_prior,
         )
     rows = read_metrics(folder / "metrics.jsonl")
-    if trained is None:
+    if sealed is None:
         save_adapter(folder / "adapter", adapter, trial["model"]["path"])
         write_metrics(folder / "metrics.jsonl", rows)
     metrics = {
@@ -112,7 +153,8 @@ def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
         metrics=metrics,
     )
     # Only now: a kill before the manifest must not cost the training.
-    shutil.rmtree(folder / _CHECKPOINT, ignore_errors=True)
+    for name in (_CHECKPOINT, WORKERS):
+        shutil.rmtree(folder / name, ignore_errors=True)
     return metrics
 
 
@@ -163,6 +205,7 @@ def _train(
     lm: LanguageModel,
     domain: Domain,
     folder: Path,
+    report: Report | None,
 ) -> Adapter:
     """Run the remaining steps; the base model is bare again afterwards."""
     checkpoint = folder / _CHECKPOINT
@@ -189,10 +232,13 @@ def _train(
                 log.write(json.dumps({**metrics, "tokens_per_s": rate}) + "\n")
                 log.flush()
                 num_done = metrics["step"] + 1
-                if num_done % trial["checkpoint_every"] == 0 or num_done == setting.num_steps:
+                if num_done % trial["checkpoint_every"] == 0 or learner.finished:
                     with replaced_dir(checkpoint) as work:
                         learner.save(work, num_done)
-        return learner.adapter()
+                valid_loss = metrics.get("valid_loss")
+                if report is not None and valid_loss is not None and not learner.finished:
+                    report(num_done, valid_loss)
+        return learner.result()
     finally:
         learner.peft_model.unload()
         lm.model.eval()

@@ -13,7 +13,7 @@ import torch
 
 from rc_ray.core.domains import read_domain
 from rc_ray.core.model import choose_dtype, load_language_model
-from rc_ray.engines import Learner, build_learner, local_model_dir, prepare_process
+from rc_ray.engines import Learner, build_learner, local_model_dir, prepare_process, sum_over_ranks
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.training_config import TrainConfig
 
@@ -91,7 +91,7 @@ def _train(learner: Learner, config: TrainConfig) -> dict[str, Any]:
     for metrics in learner.steps():
         step = metrics["step"]
         due = learner.rank == 0 and time.monotonic() - last_report > _REPORT_EVERY_S
-        loss, num_titles, num_tokens, num_due = _sum_over_ranks(
+        loss, num_titles, num_tokens, num_due = sum_over_ranks(
             [metrics["loss"], metrics["num_titles"], metrics["num_tokens"], float(due)],
             learner.world_size,
             learner.device,
@@ -101,6 +101,7 @@ def _train(learner: Learner, config: TrainConfig) -> dict[str, Any]:
                 "error": f"the loss is {loss} at step {step}; lower `train.learning_rate` "
                 f"({config.learning_rate:g})"
             }
+        valid_loss = metrics.get("valid_loss")
         rows.append(
             {
                 "step": step,
@@ -110,10 +111,11 @@ def _train(learner: Learner, config: TrainConfig) -> dict[str, Any]:
                 "num_titles": int(num_titles),
                 "num_tokens": int(num_tokens),
                 "seconds": metrics["seconds"],
+                **({} if valid_loss is None else {"valid_loss": valid_loss}),
             }
         )
         num_done = step + 1
-        if num_done % config.checkpoint_every == 0 or num_done == config.num_steps:
+        if num_done % config.checkpoint_every == 0 or learner.finished:
             with tempfile.TemporaryDirectory() as folder:
                 learner.save(Path(folder), num_done)
                 report({"rows": rows}, checkpoint=Checkpoint.from_directory(folder))
@@ -123,14 +125,6 @@ def _train(learner: Learner, config: TrainConfig) -> dict[str, Any]:
             continue
         rows, last_report = [], time.monotonic()
     return {}
-
-
-def _sum_over_ranks(values: list[float], world_size: int, device: torch.device) -> list[float]:
-    if world_size == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return [float(value) for value in total.tolist()]
 
 
 def _first_problem(problem: str | None, world_size: int) -> str | None:

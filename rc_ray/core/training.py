@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class StepMetrics(TypedDict):
     num_tokens: int
     learning_rate: float
     seconds: float
+    valid_loss: NotRequired[float]
+    """Mean over all workers, where the run validates after this step."""
 
 
 class Engine(Protocol):
@@ -156,13 +158,16 @@ class TrainingPlan:
         return self._epochs[epoch]
 
     def _sequence(self, name: str, history: Sequence[int], rng: np.random.Generator) -> Example:
-        limit = self.config.max_titles
-        start = int(rng.integers(max(0, len(history) - limit) + 1))
-        end = start + limit
+        start = int(rng.integers(max(0, len(history) - self.config.max_titles) + 1))
+        return self.titles_example(name, history, start)
+
+    def titles_example(self, name: str, history: Sequence[int], start: int) -> Example:
+        """Up to `max_titles` titles from `start` on, each a target; the oldest go if too long."""
+        end = start + self.config.max_titles
         header = self.renderer.header(name)
         budget = self.config.max_tokens - len(header)
         sizes = [len(self.shown[name][item]) for item in history[start:end]]
-        while sum(sizes) > budget and sizes:  # the oldest titles go first
+        while sum(sizes) > budget and sizes:
             start += 1
             sizes.pop(0)
         tokens, titles = list(header), []
@@ -181,7 +186,14 @@ class TrainingPlan:
         count = min(self.num_listed, len(others))
         listed = [int(i) for i in rng.choice(others, size=count, replace=False)] + [target]
         listed = [listed[int(i)] for i in rng.permutation(len(listed))]
-        shown = list(history[max(0, place - self.config.max_titles) : place])
+        return self.answer_example(name, history[:place], target, listed)
+
+    def answer_example(
+        self, name: str, history: Sequence[int], target: int, listed: Sequence[int]
+    ) -> Example:
+        """The prompt that lists candidates, answered with the target's title."""
+        domain = self.domains[name]
+        shown = list(history[-self.config.max_titles :])
         answer = self.title_tokens[name][target]
         while True:
             tokens = self.renderer.prompt(
@@ -192,9 +204,7 @@ class TrainingPlan:
             if len(tokens) + len(answer) <= self.config.max_tokens or not shown:
                 break
             shown.pop(0)
-        return Example(
-            name, (*tokens, *answer), ((target, len(tokens)),), earlier=tuple(history[:place])
-        )
+        return Example(name, (*tokens, *answer), ((target, len(tokens)),), earlier=tuple(history))
 
 
 class TrainingModule(nn.Module):

@@ -215,3 +215,46 @@ def test_an_adapter_that_learned_nothing_is_refused(make_run) -> None:
     untrained = learner(make_run(), None)
     with pytest.raises(ArtifactError, match="trained nothing"):
         check_trained(untrained.adapter(), Path("spirit"))
+
+
+@pytest.mark.parametrize("deepspeed", [None, ENGINES[3]], ids=["torch", IDS[3]])
+def test_the_best_adapter_outlives_a_resume_and_patience_ends_the_run(
+    make_run, tmp_path: Path, deepspeed: DeepSpeedConfig | None
+) -> None:
+    # A rate far too high after a good start: validation worsens soon.
+    settings = (
+        "train.learning_rate=0.3",
+        "train.warmup_fraction=1.0",
+        "train.lora.dropout=0.3",
+        "train.num_steps=40",
+        "train.valid_every=1",
+        "train.patience=3",
+    )
+    experiment = make_run(*settings)
+    unbroken = learner(experiment, deepspeed)
+    adapters, losses = [], []
+    for metrics in unbroken.steps():
+        adapters.append(unbroken.adapter())
+        losses.append(metrics["valid_loss"])
+        if metrics["step"] == 2:
+            unbroken.save(tmp_path / "checkpoint", 3)
+    best = min(range(len(losses)), key=losses.__getitem__)
+    # Three validations without a new best, and not a step more.
+    assert len(losses) == best + 1 + 3 < 40
+    assert unbroken.finished
+    assert (unbroken.best.loss, unbroken.best.num_steps) == (losses[best], best + 1)
+    assert_same(adapters[best], unbroken.result())
+    resumed = learner(experiment, deepspeed, checkpoint=tmp_path / "checkpoint")
+    assert [metrics["valid_loss"] for metrics in resumed.steps()] == losses[3:]
+    assert_same(unbroken.result(), resumed.result())
+    # Validating changes nothing about the training.
+    plain = learner(make_run(*settings[:-2]), deepspeed)
+    for metrics in plain.steps():
+        if metrics["step"] == best:
+            assert_same(adapters[best], plain.adapter())
+            break
+    # A run that patience has ended stays ended.
+    unbroken.save(tmp_path / "ended", len(losses))
+    ended = learner(experiment, deepspeed, checkpoint=tmp_path / "ended")
+    assert list(ended.steps()) == []
+    assert_same(adapters[best], ended.result())
