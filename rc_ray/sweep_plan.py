@@ -140,6 +140,7 @@ def trial_config(
         "memory": memory,
         "num_workers": config.num_workers,
         "deepspeed": config.deepspeed.model_dump(mode="json"),
+        "tokens_per_pass": config.tokens_per_pass,
         "checkpoint_every": config.checkpoint_every,
         "num_valid_users": config.num_valid_users,
         "valid_max_titles": experiment.evaluate.max_titles,

@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rc_ray.core.adapters import Adapter
 from rc_ray.core.batches import Batch
 from rc_ray.core.lora_bank import LoraBank
 from rc_ray.core.model import LanguageModel, decoder_hidden
 from rc_ray.core.training import StepMetrics, TorchEngine, TrainingModule, TrainingPlan
+from rc_ray.core.validation import BestSoFar, HeldOutTitles
 
 _MAX_PADDING = 0.1
 """Share of a pass that may be padding put there to join domains of different row length."""
@@ -33,11 +35,12 @@ class Member:
     plan: TrainingPlan
     engine: TorchEngine
     """Over the domain's own LoRA; its module computes the loss of hidden states."""
+    held_out: HeldOutTitles | None = None
+    """What is validated on; None without validation."""
     num_steps_done: int = 0
-
-    @property
-    def is_done(self) -> bool:
-        return self.num_steps_done >= self.plan.config.num_steps
+    best: BestSoFar = field(default_factory=BestSoFar)
+    finished: bool = False
+    """Whether no step remains, by their number or by `patience`."""
 
 
 class Part(NamedTuple):
@@ -51,7 +54,13 @@ def make_member(lm: LanguageModel, bank: LoraBank, name: str, plan: TrainingPlan
     """A member that trains the bank's LoRA of this name, from its present values on."""
     module = TrainingModule(lm.model, plan.tries, plan.config)
     module.lora = bank.parameters(name)  # what the engine's optimiser gets
-    return Member(plan, TorchEngine(module.to(lm.device), plan.config))
+    config = plan.config
+    held_out = HeldOutTitles(plan, config.num_valid_histories) if config.valid_every else None
+    return Member(
+        plan,
+        TorchEngine(module.to(lm.device), config),
+        held_out if held_out is not None and len(held_out) else None,
+    )
 
 
 class JointTraining:
@@ -82,7 +91,11 @@ class JointTraining:
     @property
     def active(self) -> list[str]:
         """Members with steps left to take."""
-        return [name for name, member in self.members.items() if not member.is_done]
+        return [name for name, member in self.members.items() if not member.finished]
+
+    def result(self, name: str) -> Adapter:
+        """What a member's run is for: its best adapter, the last without validation."""
+        return self.members[name].best.adapter or self.bank.adapter(name)
 
     def drop(self, name: str) -> None:
         """Take a member out of the group; its LoRA and optimiser are forgotten."""
@@ -131,7 +144,32 @@ class JointTraining:
         num_tokens = sum(metrics["num_tokens"] for metrics in taken.values())
         for metrics in taken.values():
             metrics["seconds"] = seconds * metrics["num_tokens"] / num_tokens
+        for name, metrics in taken.items():
+            self._after_step(name, metrics)
         return {**found, **taken}
+
+    def _after_step(self, name: str, metrics: StepMetrics) -> None:
+        """Validate where the settings say so; see whether the member is done."""
+        member = self.members[name]
+        config, num_done = member.plan.config, member.num_steps_done
+        if num_done != metrics["step"] + 1:
+            return
+        member.finished = num_done == config.num_steps
+        due = member.finished or num_done % (config.valid_every or config.num_steps) == 0
+        if member.held_out is None or not due:
+            return
+        loss = member.held_out.loss(lambda batch: self._loss(name, batch), self.lm.device)
+        if member.best.improves(loss):
+            member.best = BestSoFar(loss, num_done, adapter=self.bank.adapter(name))
+        else:
+            member.best.num_since += 1
+        metrics["valid_loss"] = loss
+        member.finished |= member.best.exhausted(config.patience)
+
+    def _loss(self, name: str, batch: Batch) -> Tensor:
+        with self.bank.rows([(name, batch.input_ids.shape[0])]):
+            hidden = decoder_hidden(self.lm.model, batch.input_ids, batch.position_ids, batch.mask)
+        return self.members[name].engine.module.loss(hidden, batch)
 
     def _backward(self, parts: Sequence[Part]) -> list[tuple[str, Tensor]]:
         """One forward and backward pass; the loss of each part."""

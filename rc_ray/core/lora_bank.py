@@ -63,7 +63,15 @@ class LoraBank:
 
     def parameters(self, name: str) -> nn.ParameterList:
         """One LoRA's matrices in the order of a PEFT model's: by layer, A before B."""
-        return nn.ParameterList(m for pair in self._pairs[name].values() for m in pair)
+        return nn.ParameterList(self.matrices(name).values())
+
+    def matrices(self, name: str) -> dict[str, nn.Parameter]:
+        """One LoRA's matrices by `<layer>.lora_A` and `<layer>.lora_B`."""
+        return {
+            f"{layer}.{kind}": matrix
+            for layer, pair in self._pairs[name].items()
+            for kind, matrix in zip(("lora_A", "lora_B"), pair, strict=True)
+        }
 
     def adapter(self, name: str) -> Adapter:
         """A copy of one LoRA as it is now, in fp32 on the processor."""
