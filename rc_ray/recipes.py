@@ -15,7 +15,14 @@ from rc_ray.config import OF_THE_SPIRIT, Experiment, System
 from rc_ray.curves import shaping_config
 
 _EXECUTION: dict[str, set[str]] = {
-    "train": {"num_workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size"},
+    "train": {
+        "num_workers",
+        "min_workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "micro_batch_size",
+        "checkpoint_storage",
+    },
     "tune": {
         "max_concurrent_trials",
         "cpus_per_trial",

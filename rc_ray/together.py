@@ -36,8 +36,8 @@ from rc_ray.trial import (
     write_error,
     write_step,
 )
+from rc_ray.zero import MOMENTS
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 Order = dict[str, Any]
 """What a worker needs for a trial, see `rc_ray.sweep_plan`."""
 
@@ -185,12 +185,12 @@ class _Group:
         bank.load(name, state.adapter)
         optimizer, schedule = member.engine.optimizer, member.engine.schedule
         for key, matrix in bank.matrices(name).items():
-            lost = [m for m in _MOMENTS if f"{key}.{m}" not in state.moments]
+            lost = [m for m in MOMENTS if f"{key}.{m}" not in state.moments]
             if lost:
                 raise ArtifactError(f"{checkpoint}: damaged checkpoint, no {key}.{lost[0]} in it")
             optimizer.state[matrix] = {
                 "step": torch.tensor(float(state.num_steps_done)),
-                **{m: state.moments[f"{key}.{m}"].to(matrix.device) for m in _MOMENTS},
+                **{m: state.moments[f"{key}.{m}"].to(matrix.device) for m in MOMENTS},
             }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no optimiser step came before: it did, once
@@ -205,7 +205,7 @@ def _state(training: JointTraining, name: str, base_name: str) -> TrainingState:
     moments = {
         f"{key}.{moment}": member.engine.optimizer.state[matrix][moment].detach().cpu()
         for key, matrix in training.bank.matrices(name).items()
-        for moment in _MOMENTS
+        for moment in MOMENTS
     }
     return TrainingState(
         num_steps_done=member.num_steps_done,

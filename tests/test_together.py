@@ -16,6 +16,7 @@ from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import Adapter, load_adapter
 from rc_ray.core.joint_training import JointTraining
+from rc_ray.engines import Learner
 from rc_ray.sweep_plan import Trial, plan_trials, trial_config
 from rc_ray.tune_config import TuneConfig
 from tests.conftest import Factory
@@ -133,6 +134,29 @@ def test_a_killed_group_goes_on_where_it_was(
     for domain in DOMAINS:
         assert broken[domain].is_finished
         assert largest_difference(adapter_of(unbroken[domain]), adapter_of(broken[domain])) < 1e-6
+
+
+def test_a_trial_begun_alone_goes_on_in_a_group(
+    make_run: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = make_run(*SETTINGS)
+    unbroken, moved = plan(experiment, "unbroken"), plan(experiment, "moved")
+    trials.train_ingredient(orders(experiment, unbroken)[0])
+    original = Learner.save
+
+    def save_and_die(self: Any, target: Path, num_done: int) -> None:
+        original(self, target, num_done)
+        if num_done == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            trials.train_ingredient(orders(experiment, moved)[0])
+    assert together.train_group(orders(experiment, moved)) == []
+    first = unbroken[DOMAINS[0]], moved[DOMAINS[0]]
+    assert largest_difference(*map(adapter_of, first)) < 1e-5
+    assert steps_in(first[1]) == list(range(6))
 
 
 def test_what_is_finished_is_left_out(make_run: Factory, monkeypatch: pytest.MonkeyPatch) -> None:

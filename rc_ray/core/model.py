@@ -21,6 +21,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
@@ -290,8 +291,24 @@ def _seconds_of(x: Tensor, y: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def with_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """Put a trainable LoRA, seeded, on a frozen model; its parameters are fp32.
+def model_without_weights(folder: Path | str) -> PreTrainedModel:
+    """The layers of a model with nothing in them, to see what a LoRA would find.
+
+    Raises:
+        ArtifactError: the folder is missing or its description is damaged.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def lora_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Names of the linear layers that a LoRA adapts.
 
     Raises:
         ValueError: a target module is not a linear layer of this model, or `first_layer` leaves
@@ -316,6 +333,17 @@ def with_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftMode
         raise ValueError(
             f"`lora.target_modules` names {', '.join(unknown)}; this model has {', '.join(known)}"
         )
+    return targets
+
+
+def with_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    """Put a trainable LoRA, seeded, on a frozen model; its parameters are fp32.
+
+    Raises:
+        ValueError: see `lora_targets`.
+    """
+    targets = lora_targets(model, config)
+    num_layers = int(model.config.num_hidden_layers)
     torch.manual_seed(seed)
     peft_config = PeftLoraConfig(
         task_type="CAUSAL_LM",

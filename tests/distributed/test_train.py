@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from rc_ray import artifacts, engines, train, worker
+from rc_ray import artifacts, engines, train, worker, zero
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import load_adapter
@@ -32,7 +32,7 @@ SETTINGS = (
     "train.lora.dropout=0.0",
 )
 original_worker = worker.train_worker
-original_settings = engines.deepspeed_settings
+original_settings = zero.deepspeed_settings
 
 
 def sharding_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def sharding_worker(settings: dict[str, Any]) -> dict[str, Any]:
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made
 
-    engines.deepspeed_settings = sharded
+    zero.deepspeed_settings = sharded
     return original_worker(settings)
 
 
