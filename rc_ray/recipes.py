@@ -27,6 +27,9 @@ _EXECUTION: dict[str, set[str]] = {
         "max_concurrent_trials",
         "cpus_per_trial",
         "gpus_per_trial",
+        "memory_per_trial_gb",
+        "num_workers",
+        "deepspeed",
         "micro_batch_size",
         "domains_per_trial",
         "tokens_per_pass",
@@ -62,11 +65,23 @@ def spirit(experiment: Experiment) -> Recipe:
 
 
 def ingredient(experiment: Experiment, domain: str) -> Recipe:
-    trials = [
-        validated(shaping_config(setting, experiment), experiment)
-        for setting in experiment.tune.settings()
-    ]
-    return Recipe({"trials": trials}, (f"data/{domain}",))
+    config = experiment.tune
+    shaping: dict[str, Any]
+    if config.is_planned:
+        settings = config.settings()
+        shaping = {
+            "trials": [validated(shaping_config(one, experiment), experiment) for one in settings]
+        }
+    else:
+        shaping = {
+            **validated(shaping_config(config, experiment), experiment),
+            "search": config.model_dump(
+                mode="json", include={"search", "num_samples", "search_seed", "search_algorithm"}
+            ),
+        }
+    if config.scheduler is not None:
+        shaping["scheduler"] = config.scheduler.model_dump(mode="json")
+    return Recipe(shaping, (f"data/{domain}",))
 
 
 def validated(shaping: dict[str, Any], experiment: Experiment) -> dict[str, Any]:

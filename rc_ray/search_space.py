@@ -112,8 +112,7 @@ def read_space(search: Mapping[str, Any]) -> SearchSpace:
             grids[field] = tuple(entry)
         else:
             raise ValueError(
-                f"`search` has {entry!r} for {field}; write a list of values, or one of "
-                f"{_forms()}"
+                f"`search` has {entry!r} for {field}; write a list of values, or one of {_forms()}"
             )
     return SearchSpace(grids, distributions)
 
@@ -132,11 +131,7 @@ def _read_distribution(field: str, entry: Mapping[str, Any]) -> Distribution:
         if any(values.index(value) != place for place, value in enumerate(values)):
             raise ValueError(f"`search`: `choice` of {field} has a value twice; give each once")
         return Distribution(kind, tuple(values))
-    number: type | Any = int if kind == "randint" else int | float
-    if len(values) != 2 or not all(
-        isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
-        for value in map(_number, values)
-    ):
+    if len(values) != 2 or not all(_is_number(_number(v), kind == "randint") for v in values):
         what = "whole numbers" if kind == "randint" else "numbers"
         raise ValueError(
             f"`search`: `{kind}` of {field} takes two {what}, low and high, as in {_forms(kind)}"
@@ -149,6 +144,12 @@ def _read_distribution(field: str, entry: Mapping[str, Any]) -> Distribution:
             f"`search`: `loguniform` of {field} starts at {low:g}; it needs a low above 0"
         )
     return Distribution(kind, (low, high))
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and (isinstance(value, int) or not whole)
 
 
 def _number(value: Any) -> Any:

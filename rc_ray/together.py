@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rc_ray.artifacts import read_json, replaced_dir
+from rc_ray.artifacts import fingerprint, is_finished, replaced_dir
 from rc_ray.checkpoints import TrainingState, check_model, model_shape, read_state, write_state
 from rc_ray.core.adapters import Adapter
 from rc_ray.core.domains import read_domain
@@ -28,37 +28,23 @@ from rc_ray.errors import ArtifactError
 from rc_ray.training_config import TrainingConfig
 from rc_ray.trial import (
     CHECKPOINT,
-    base_model,
     base_of,
-    begin,
+    forget_base,
     sealed_adapter,
     train_ingredient,
-    write_error,
     write_step,
 )
+from rc_ray.trial_process import write_error
 from rc_ray.zero import MOMENTS
 
 Order = dict[str, Any]
 """What a worker needs for a trial, see `rc_ray.sweep_plan`."""
 
 
-def run_group(config: dict[str, Any]) -> None:
-    """Ray Tune's trainable for a group of trials; like `run_trial` it never raises.
-
-    Args:
-        config: `trial` is the path of a file whose `orders` are the paths of the trials' orders.
-    """
-    from ray import tune
-
-    orders = [read_json(Path(path)) for path in read_json(Path(config["trial"]))["orders"]]
-    failed = train_group(orders)
-    tune.report({"failed": bool(failed), "num_failed": len(failed)})
-
-
 def train_group(orders: Sequence[Order]) -> list[Path]:
     """Train together what is not trained yet, rank the validation users of each, seal each folder.
 
-    What went wrong with a trial stands in its `error.json`.
+    What went wrong with a trial stands in its `error.json`; nothing is raised.
 
     Args:
         orders: of one setting, each with a folder of its own.
@@ -74,10 +60,10 @@ def train_group(orders: Sequence[Order]) -> list[Path]:
 
     adapters: dict[str, Adapter] = {}
     ready: list[Order] = []
-    for order in orders:
+    unfinished = [order for order in orders if not _is_finished(order)]
+    for order in unfinished:
         folder = Path(order["folder"])
         try:
-            begin(folder)
             if sealed_adapter(order, folder) is None:
                 ready.append(order)
         except Exception as error:
@@ -87,16 +73,16 @@ def train_group(orders: Sequence[Order]) -> list[Path]:
         try:
             adapters = group.train()
         except Exception as error:  # of the process or the setting, no single domain's
-            base_model.cache_clear()  # it may still carry the LoRAs
+            forget_base()  # it may still carry the LoRAs
             for order in group.left:
                 fail(order, error)
-    for order in orders:
+    for order in unfinished:
         if Path(order["folder"]) in failed:
             continue
         try:
             train_ingredient(order, adapter=adapters.get(order["folder"]))
         except Exception as error:
-            base_model.cache_clear()
+            forget_base()
             fail(order, error)
     return failed
 
@@ -198,6 +184,11 @@ class _Group:
                 schedule.step()
         member.num_steps_done, member.finished = state.num_steps_done, state.finished
         member.best = state.best
+
+
+def _is_finished(order: Order) -> bool:
+    known = fingerprint(config=order["config"], seed=order["seed"], inputs=order["inputs"])
+    return is_finished(Path(order["folder"]), known)
 
 
 def _state(training: JointTraining, name: str, base_name: str) -> TrainingState:

@@ -1,4 +1,4 @@
-"""One trial of Ray Tune: train an ingredient in this process, rank validation, seal the folder."""
+"""One trial: train an ingredient in this process, rank validation, seal the folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import shutil
-import traceback
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, write_json, write_manifest
+from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, write_manifest
 from rc_ray.core.adapters import Adapter, check_adapter, load_adapter, save_adapter
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.metrics import ndcg, rank_targets
@@ -25,7 +25,6 @@ from rc_ray.core.training import StepMetrics
 from rc_ray.curves import read_metrics, summary, write_metrics
 from rc_ray.engines import build_learner, check_trained, local_model_dir, prepare_process
 from rc_ray.errors import UserError
-from rc_ray.sweep_plan import ERROR, STOPPED
 from rc_ray.training_config import TrainingConfig
 
 WORKERS = ".workers"
@@ -35,61 +34,21 @@ CHECKPOINT = ".checkpoint"
 _TRAINED = "training_fingerprint"
 
 
+class _Clock:
+    """Where a process's time went; Unix seconds of its start, seconds of its laps."""
+
+    def __init__(self) -> None:
+        self.spent = {"started_at": time.time()}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.spent[name] = round(now - self._last, 3)
+        self._last = now
+
+
 Report = Callable[[int, float], None]
 """Takes the number of steps done and the validation loss after them."""
-
-
-def run_trial(config: dict[str, Any]) -> None:
-    """Ray Tune's trainable: never raises, so that only a dead process is tried again.
-
-    What went wrong stands in `error.json` of the trial's folder.
-
-    Args:
-        config: `trial` is the path of the trial's order, see `rc_ray.sweep_plan`.
-    """
-    from ray import tune
-
-    folder: Path | None = None
-
-    def report(num_steps: int, valid_loss: float) -> None:
-        tune.report({"num_steps_done": num_steps, "valid_loss": valid_loss})
-
-    try:
-        trial = read_json(Path(config["trial"]))
-        folder = Path(trial["folder"])
-        begin(folder)
-        judged = report if trial["scheduler"] is not None else None
-        if trial["num_workers"] > 1:
-            from rc_ray.trial_workers import train_on_workers
-
-            metrics = train_on_workers(trial)
-        else:
-            metrics = train_ingredient(trial, judged)
-    except Exception as error:
-        base_model.cache_clear()  # it may still carry the LoRA
-        if folder is None:
-            raise  # the order itself cannot be read
-        write_error(folder, error)
-        tune.report({"failed": True})
-        return
-    tune.report({"failed": False, **metrics})
-
-
-def write_error(folder: Path, error: Exception) -> None:
-    """Say in a trial's folder why it failed, and in the worker's log where."""
-    traceback.print_exception(error)
-    text = str(error).strip() or type(error).__name__
-    if not isinstance(error, UserError):
-        text = f"{type(error).__name__}: {text}"
-    write_json(folder / ERROR, {"error": text.splitlines()[0]})
-
-
-def begin(folder: Path) -> None:
-    """Show that the trial has a process, and forget how it ended before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").touch()
-    for name in (ERROR, STOPPED):
-        (folder / name).unlink(missing_ok=True)
 
 
 def train_ingredient(
@@ -107,17 +66,20 @@ def train_ingredient(
     Returns:
         The manifest's metrics.
     """
+    clock = _Clock()
     folder = Path(trial["folder"])
     setting = TrainingConfig.model_validate(trial["setting"])
     prepare_process(trial["num_cpus"])
     lm = base_of(trial)
     domain = read_domain(Path(trial["domain_dir"]))
+    clock.lap("load_s")
     folder.mkdir(parents=True, exist_ok=True)
     sealed = sealed_adapter(trial, folder)
     if sealed is not None:
         adapter = sealed
     elif adapter is None:
         adapter = _train(trial, setting, lm, domain, folder, report)
+    clock.lap("train_s")
     check_adapter(adapter, folder)
     check_trained(adapter, folder)
     renderer = PromptRenderer(lm.tokenizer, setting.style)
@@ -138,6 +100,7 @@ def train_ingredient(
             seed=trial["seed"],
             with_prior=setting.learns_with_prior,
         )
+    clock.lap("rank_s")
     rows = read_metrics(folder / "metrics.jsonl")
     if sealed is None:
         save_adapter(folder / "adapter", adapter, trial["model"]["path"])
@@ -146,6 +109,7 @@ def train_ingredient(
         **summary(rows),
         "valid_ndcg": quality,
         "num_valid_users": num_users,
+        "spent": clock.spent,
         _TRAINED: trial["training_fingerprint"],
     }
     write_manifest(
@@ -262,6 +226,11 @@ def base_of(trial: dict[str, Any]) -> LanguageModel:
     folder = local_model_dir(trial["model_dir"], trial["model"]["path"])
     device = "cuda" if trial["use_gpu"] else "cpu"
     return base_model(folder, trial["model"]["dtype"], device)
+
+
+def forget_base() -> None:
+    """Drop the loaded base model, which a failed trial may have left with its LoRA."""
+    base_model.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,8 +12,9 @@
               (4 H + 3 I) values per token of one pass
 
 A pass has (`micro_batch_size` or `batch_size`) rows of at most `max_tokens`, or of 12 tokens for
-each title where that is less. On a GPU the main memory holds the process, with CUDA's 3 * 10^9
-bytes, and the weights on their way.
+each title where that is less. Domains that train together each have a LoRA, and share passes of up
+to `tokens_per_pass` tokens. On a GPU the main memory holds the process, with CUDA's 3 * 10^9 bytes,
+and the weights on their way.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def read_shape(folder: Path) -> BaseShape:
             num_parameters,
             int(config["num_hidden_layers"]),
             int(config["hidden_size"]),
-            int(config["intermediate_size"]),
+            int(config.get("intermediate_size") or 4 * config["hidden_size"]),
             int(config["vocab_size"]),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -79,6 +80,8 @@ def estimate_bytes(
     use_gpu: bool,
     tokens_per_batch: int,
     num_listed: int,
+    num_domains: int = 1,
+    tokens_per_pass: int = 0,
 ) -> int:
     """Main memory of one trial's process, in bytes.
 
@@ -89,6 +92,8 @@ def estimate_bytes(
         use_gpu: whether the model lives on a GPU.
         tokens_per_batch: of the ranking of validation users.
         num_listed: candidates beside the target in an `instruct` prompt.
+        num_domains: whose LoRAs train in the process.
+        tokens_per_pass: that several domains may share.
     """
     width = 2 if dtype == "bfloat16" else 4
     weights = shape.num_parameters * width
@@ -102,7 +107,9 @@ def estimate_bytes(
     num_titles = setting.max_titles + (num_listed + 1 if setting.style == "instruct" else 0)
     row = min(setting.max_tokens, _TOKENS_PER_TITLE * num_titles)
     tokens = (setting.micro_batch_size or setting.batch_size) * row
-    training = 16 * lora + tokens * num_layers * (14 * hidden + 6 * inner) * width
+    if num_domains > 1:
+        tokens = max(tokens, tokens_per_pass)
+    training = num_domains * 16 * lora + tokens * num_layers * (14 * hidden + 6 * inner) * width
     if setting.loss == "vocabulary":
         training += tokens * shape.vocabulary_size * 3 * 4
     ranking = adapted * width + tokens_per_batch * (4 * hidden + 3 * inner) * width

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
@@ -46,8 +45,9 @@ class TuneConfig(TrainingConfig):
     search: dict[str, Any] = {}
     """Settings to try, by field of this section (`learning_rate`, `num_steps`, `lora.rank` ...).
 
-    A list is a grid. `{loguniform: [low, high]}`, `{uniform: [low, high]}`, `{randint: [low, high]}`
-    and `{choice: [...]}` are drawn `num_samples` times; low and high are included.
+    A list is a grid. `{loguniform: [low, high]}`, `{uniform: [low, high]}`,
+    `{randint: [low, high]}` and `{choice: [...]}` are drawn `num_samples` times; low and high are
+    included.
     Not over `style`, `loss` and `prior_in_loss`: spirit and ingredient are mixed in one form.
     """
     num_samples: PositiveInt | None = None
@@ -64,7 +64,7 @@ class TuneConfig(TrainingConfig):
     gpus_per_trial: NonNegativeFloat = 0.0
     """A fraction shares one GPU among trials."""
     memory_per_trial_gb: PositiveFloat | None = None
-    """Main memory that a trial is given on its node (10^9 bytes); null: estimated from the model."""
+    """Main memory that a trial is given on its node, in 10^9 bytes; null: estimated."""
     num_workers: PositiveInt = 1
     """Above 1 each trial trains with Ray Train and DeepSpeed on so many workers; CPUs, GPUs and
     memory per trial are then those of each worker."""
@@ -184,7 +184,7 @@ class TuneConfig(TrainingConfig):
                 f"`valid_every` ({every}) and below `num_steps` ({shortest})"
             )
 
-    @cached_property
+    @property
     def space(self) -> SearchSpace:
         return read_space(self.search)
 

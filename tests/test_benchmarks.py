@@ -18,6 +18,7 @@ from rc_ray.core.domains import Domain, RankingCase, read_domain
 from rc_ray.core.model import load_language_model
 from rc_ray.core.splits import PURPOSES, Purpose
 from rc_ray.training_config import LoraConfig, TrainingConfig
+from tests.tiny import make_model
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "jobs" / "benchmarks"
 NUM_ROWS, NUM_USERS, NUM_ITEMS = 3000, 150, 250
@@ -185,3 +186,16 @@ def test_the_benchmark_of_many_ingredients_runs(
         assert 0 < row["measured"] <= 1.2 * row["all_at_once"]
     assert rows["in-turn"]["difference"] == 0.0
     assert "together takes" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_slots_time_of_a_sweep_is_accounted_for(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    settings = "--trials 4 --domains 2 --steps 3 --valid-users 3 --first-layer 0".split()  # noqa: SIM905
+    found = load("sweep_overhead").main([str(tmp_path / "bench"), *settings, "--model", str(model)])
+    assert found["trials"] == 4
+    assert 0.0 < found["share"] < 1.0
+    parts = {key for key in found if key not in ("wall", "slots", "trials", "share")}
+    assert sum(found[key] for key in parts) == pytest.approx(found["slots"])
+    assert all(found[key] >= 0.0 for key in parts)

@@ -10,16 +10,26 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rc_ray import artifacts, together
+from rc_ray import artifacts, together, tune
 from rc_ray import trial as trials
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import Adapter, load_adapter
 from rc_ray.core.joint_training import JointTraining
 from rc_ray.engines import Learner
-from rc_ray.sweep_plan import Trial, plan_trials, trial_config
+from rc_ray.session import ray_session
+from rc_ray.sweep_plan import (
+    Trial,
+    order_path,
+    orders_in,
+    plan_trials,
+    read_orders,
+    trial_config,
+    write_groups,
+    write_order,
+)
 from rc_ray.tune_config import TuneConfig
-from tests.conftest import Factory
+from tests.conftest import Factory, Screen
 
 DOMAINS = ("lamps", "rivers", "tools")
 SETTINGS = (
@@ -208,6 +218,56 @@ def test_what_no_group_can_do_is_told_to_every_trial(make_run: Factory) -> None:
     planned = plan(experiment, "work")
     assert len(together.train_group(orders(experiment, planned))) == 3
     assert all("`lora.dropout` to 0" in str(trial.problem) for trial in planned.values())
+
+
+def test_groups_are_of_one_setting(make_run: Factory, tmp_path: Path) -> None:
+    experiment = make_run(*SETTINGS, "tune.search={learning_rate: [0.01, 0.02]}")
+    folder = RunFolder(experiment.run_dir)
+    planned = [
+        trial
+        for domain in DOMAINS
+        for trial in plan_trials(experiment, folder, domain, experiment.run_dir / "work")
+    ]
+    for trial in planned:
+        write_order(tmp_path, trial, {"of": trial.domain, "rate": trial.setting.learning_rate})
+    groups = write_groups(tmp_path, planned, 2)
+    found = [
+        [tuple(artifacts.read_json(order).values()) for order in orders_in(group)]
+        for group in groups
+    ]
+    assert found == [
+        [("lamps", 0.01), ("rivers", 0.01)],
+        [("tools", 0.01)],
+        [("lamps", 0.02), ("rivers", 0.02)],
+        [("tools", 0.02)],
+    ]
+    alone = order_path(tmp_path, planned[0])
+    assert orders_in(alone) == [alone]
+    assert len(read_orders(tmp_path)) == 6  # the groups' own files are no orders
+
+
+@pytest.mark.distributed
+def test_a_sweep_in_groups(ray_local: None, make_run: Factory, screen: Screen) -> None:
+    experiment = make_run(
+        *SETTINGS,
+        "data.ingredients=[tools,lamps,rivers]",
+        "data.spirit=[]",
+        "tune.domains_per_trial=3",
+    )
+    folder = RunFolder(experiment.run_dir)
+    (folder.domain_dir("rivers") / "items.parquet").write_bytes(b"x")
+    with (
+        ray_session(folder),
+        pytest.raises(tune.IngredientsFailed, match=r"no ingredient for rivers: .*items\.parquet"),
+    ):
+        tune.run(experiment, console=screen.console)
+    assert "3 trial(s) in 1 group(s), 1 at a time" in screen.text
+    assert "tools  6/6" in screen.text
+    (alone,) = plan_trials(experiment, folder, "tools", experiment.run_dir / "alone")
+    trials.train_ingredient(trial_config(experiment, folder, alone, Path(experiment.model.path)))
+    trained = load_adapter(folder.ingredient_dir("tools"))
+    assert largest_difference(trained, adapter_of(alone)) < 1e-5
+    load_adapter(folder.ingredient_dir("lamps"))
 
 
 @pytest.mark.parametrize(
