@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rc_ray import artifacts, together, tune
+from rc_ray import artifacts, together
 from rc_ray import trial as trials
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import Adapter, load_adapter
 from rc_ray.core.joint_training import JointTraining
 from rc_ray.engines import Learner
-from rc_ray.session import ray_session
 from rc_ray.sweep_plan import (
     Trial,
     order_path,
@@ -29,7 +28,7 @@ from rc_ray.sweep_plan import (
     write_order,
 )
 from rc_ray.tune_config import TuneConfig
-from tests.conftest import Factory, Screen
+from tests.conftest import Factory
 
 DOMAINS = ("lamps", "rivers", "tools")
 SETTINGS = (
@@ -244,30 +243,6 @@ def test_groups_are_of_one_setting(make_run: Factory, tmp_path: Path) -> None:
     alone = order_path(tmp_path, planned[0])
     assert orders_in(alone) == [alone]
     assert len(read_orders(tmp_path)) == 6  # the groups' own files are no orders
-
-
-@pytest.mark.distributed
-def test_a_sweep_in_groups(ray_local: None, make_run: Factory, screen: Screen) -> None:
-    experiment = make_run(
-        *SETTINGS,
-        "data.ingredients=[tools,lamps,rivers]",
-        "data.spirit=[]",
-        "tune.domains_per_trial=3",
-    )
-    folder = RunFolder(experiment.run_dir)
-    (folder.domain_dir("rivers") / "items.parquet").write_bytes(b"x")
-    with (
-        ray_session(folder),
-        pytest.raises(tune.IngredientsFailed, match=r"no ingredient for rivers: .*items\.parquet"),
-    ):
-        tune.run(experiment, console=screen.console)
-    assert "3 trial(s) in 1 group(s), 1 at a time" in screen.text
-    assert "tools  6/6" in screen.text
-    (alone,) = plan_trials(experiment, folder, "tools", experiment.run_dir / "alone")
-    trials.train_ingredient(trial_config(experiment, folder, alone, Path(experiment.model.path)))
-    trained = load_adapter(folder.ingredient_dir("tools"))
-    assert largest_difference(trained, adapter_of(alone)) < 1e-5
-    load_adapter(folder.ingredient_dir("lamps"))
 
 
 @pytest.mark.parametrize(
