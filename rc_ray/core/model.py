@@ -208,11 +208,18 @@ def _decoder_part(
     return part
 
 
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The causal LM itself, out of its PEFT model if it is in one."""
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
 def decoder_hidden(
     model: nn.Module,
     input_ids: Tensor,
     position_ids: Tensor | None = None,
     mask: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Hidden states before the output projection.
 
@@ -222,10 +229,19 @@ def decoder_hidden(
         position_ids: (B, T); None counts from 0.
         mask: (B, 1, T, T) bool, True where the row may look; None is plain causal attention,
             under which padding on the right needs no mask.
+        lengths: of the texts in the one row, instead of a mask; the model needs packed attention
+            (core/packed_attention.py).
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    output = base.get_decoder()(  # type: ignore[operator]
-        input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+    further: dict[str, Any] = {}
+    if lengths is not None:
+        # A mask of four axes is passed on unread; without one transformers would build its own.
+        mask, further = torch.empty(1, 1, 0, 0, device=input_ids.device), {"lengths": lengths}
+    output = base_of(model).get_decoder()(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=mask,
+        use_cache=False,
+        **further,
     )
     hidden: Tensor = output.last_hidden_state
     return hidden
@@ -233,8 +249,7 @@ def decoder_hidden(
 
 def output_rows(model: nn.Module, vocabulary_ids: Tensor) -> Tensor:
     """(V, H) rows of a causal LM's output projection, detached, in fp32."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    weight: Tensor = base.get_output_embeddings().weight  # type: ignore[operator]
+    weight: Tensor = base_of(model).get_output_embeddings().weight
     return weight.detach()[vocabulary_ids.to(weight.device)].float()
 
 
