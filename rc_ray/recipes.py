@@ -13,10 +13,11 @@ from rc_ray import __version__, artifacts
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import OF_THE_SPIRIT, Experiment, System
 from rc_ray.curves import shaping_config
+from rc_ray.training_config import EXECUTION_FIELDS
 
 _EXECUTION: dict[str, set[str]] = {
-    "train": {"num_workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size"},
-    "tune": {"max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "micro_batch_size"},
+    "train": {"num_workers", "cpus_per_worker", "gpus_per_worker", *EXECUTION_FIELDS},
+    "tune": {"max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", *EXECUTION_FIELDS},
     "merge": {"cpus_per_task", "gpus_per_task", "micro_batch_size"},
     "evaluate": {"num_actors", "cpus_per_actor", "gpus_per_actor", "tokens_per_batch"},
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from rc_ray.training_config import LoraConfig, TrainingConfig
+from rc_ray.training_config import EXECUTION_FIELDS, LoraConfig, TrainingConfig
 
 _FORM_FIELDS = ("style", "loss", "prior_in_loss")
 """What decides the form of the prompts and the likelihood that an adapter learns."""
@@ -51,8 +51,8 @@ class TuneConfig(TrainingConfig):
             }
             fields["lora"] = self.lora.model_dump()
             for key, value in zip(self.search, values, strict=True):
-                if key == "micro_batch_size":
-                    raise ValueError("`micro_batch_size` shapes no result: set it beside `search`")
+                if key in EXECUTION_FIELDS:
+                    raise ValueError(f"`{key}` shapes no result: set it beside `search`")
                 section, _, leaf = key.rpartition(".")
                 target = fields["lora"] if section == "lora" else fields
                 if section not in ("", "lora") or leaf not in target or leaf == "lora":

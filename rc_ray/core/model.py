@@ -8,6 +8,7 @@ Letters: B batch, T tokens, H hidden size, R rank, K adapters, L adapted linear 
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 from rc_ray.core.adapters import Adapter, first_line
@@ -206,6 +209,26 @@ def _decoder_part(
     part: nn.Module = copy.copy(model.get_decoder())
     part._modules = {**part._modules, "layers": nn.ModuleList(layers), "norm": norm}
     return part
+
+
+def checkpoint_activations(model: nn.Module, enabled: bool) -> None:
+    """Let every decoder layer keep its input alone and compute the rest anew in the backward pass.
+
+    Transformers' own switch would make the embeddings ask for a gradient, and with them every
+    frozen layer below the first adapted one.
+
+    Raises:
+        ValueError: the model's layers do not support it.
+    """
+    for layer in _layers(base_of(model)):
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = enabled
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        elif enabled:
+            raise ValueError(
+                f"`activation_checkpointing`: {type(layer).__name__} cannot be computed anew; set "
+                "it to false and lower `micro_batch_size` instead"
+            )
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rc_ray.core.batches import Batch, Example, count_targets, pack
 from rc_ray.core.domains import Domain
-from rc_ray.core.model import base_of, decoder_hidden, output_rows
+from rc_ray.core.model import base_of, checkpoint_activations, decoder_hidden, output_rows
 from rc_ray.core.packed_attention import fits_window, install_packed_attention
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.trie import CatalogueTrie
@@ -218,6 +218,7 @@ class TrainingModule(nn.Module):
         self.model = model
         self.config = config
         self.world_size = world_size
+        checkpoint_activations(model, config.activation_checkpointing)
         self.is_packed = install_packed_attention(base_of(model))
         self.tries = dict(tries)
         # Frozen rows are copied once: the projection then costs the catalogue's tokens only, and

@@ -139,3 +139,55 @@ def test_no_gradient_flows_below_the_first_adapted_layer(folder: Path) -> None:
     module(batch).backward()
     assert needed == [False, True]
     assert all(".layers.1." in name for name in gradients(module))
+
+
+def saved_bytes(module: TrainingModule, batch: Any) -> int:
+    """Of the tensors that a forward pass keeps for its backward pass, weights apart."""
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = module(batch)
+    loss.backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("lora", [{}, {"first_layer": 1}, {"dropout": 0.3}])
+def test_activations_that_are_computed_anew_change_memory_alone(
+    folder: Path, lora: dict[str, Any]
+) -> None:
+    module, _, batch = make_module(folder, lora=lora, activation_checkpointing=True)
+    reference, _, _ = make_module(folder, lora=lora)
+    found = []
+    for one in (module, reference):
+        one.train()
+        fuse_lora(one.model)
+        torch.manual_seed(4)  # of dropout
+        loss = one(batch)
+        loss.backward()
+        found.append((loss, gradients(one)))
+        one.zero_grad()
+    (loss, got), (wanted_loss, wanted) = found
+    torch.testing.assert_close(loss, wanted_loss, rtol=0, atol=0)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert gradient.abs().max() > 1e-4
+        torch.testing.assert_close(got[name], gradient, rtol=0, atol=0)
+    if not lora:
+        assert saved_bytes(module, batch) < 0.6 * saved_bytes(reference, batch)
+
+
+def test_the_next_run_on_the_same_base_does_not_compute_anew(folder: Path) -> None:
+    module, plan, _ = make_module(folder, activation_checkpointing=True)
+    base = module.model.unload()
+    layers = base.get_decoder().layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+    plain = plan.config.model_copy(update={"activation_checkpointing": False})
+    TrainingModule(with_lora(base, plain.lora, seed=0), plan.tries, plain)
+    assert not any(layer.gradient_checkpointing for layer in layers)
