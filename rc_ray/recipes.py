@@ -13,6 +13,7 @@ from rc_ray import __version__, artifacts
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import OF_THE_SPIRIT, Experiment, System
 from rc_ray.curves import shaping_config
+from rc_ray.training_config import EXECUTION_FIELDS
 
 _EXECUTION: dict[str, set[str]] = {
     "train": {
@@ -20,7 +21,7 @@ _EXECUTION: dict[str, set[str]] = {
         "min_workers",
         "cpus_per_worker",
         "gpus_per_worker",
-        "micro_batch_size",
+        *EXECUTION_FIELDS,
         "checkpoint_storage",
     },
     "tune": {
@@ -30,7 +31,7 @@ _EXECUTION: dict[str, set[str]] = {
         "memory_per_trial_gb",
         "num_workers",
         "deepspeed",
-        "micro_batch_size",
+        *EXECUTION_FIELDS,
         "domains_per_trial",
         "tokens_per_pass",
     },

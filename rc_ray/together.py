@@ -135,6 +135,7 @@ class _Group:
             return {name: training.result(name) for name in training.members}
         finally:
             bank.unload()
+            lm.model.eval()
 
     def _fail(self, name: str, error: Exception) -> None:
         self._fail_order(self._orders.pop(name), error)

@@ -8,6 +8,9 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from rc_ray.data_config import Fraction, Section
 
+EXECUTION_FIELDS = ("micro_batch_size", "activation_checkpointing")
+"""Fields of `TrainingConfig` that say how a step runs, not what comes out."""
+
 
 class LoraConfig(Section):
     rank: PositiveInt = 16
@@ -35,6 +38,9 @@ class TrainingConfig(Section):
     """Histories per optimiser step over all workers."""
     micro_batch_size: PositiveInt | None = None
     """Examples per forward pass and worker; changes memory, not the result. Null: one pass."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input alone and compute the rest anew in the backward pass: a fraction of
+    the memory for about a third more time; not the result."""
     learning_rate: PositiveFloat = 1e-3
     warmup_fraction: Fraction = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -17,7 +17,7 @@ from pydantic import (
 
 from rc_ray.data_config import Section
 from rc_ray.search_space import SearchSpace, apply_point, read_space
-from rc_ray.training_config import DeepSpeedConfig, LoraConfig, TrainingConfig
+from rc_ray.training_config import EXECUTION_FIELDS, DeepSpeedConfig, LoraConfig, TrainingConfig
 
 _FORM_FIELDS = ("style", "loss", "prior_in_loss")
 """What decides the form of the prompts and the likelihood that an adapter learns."""
@@ -92,8 +92,8 @@ class TuneConfig(TrainingConfig):
                     f"`search` names `{key}`, which says how trials are judged: set it beside "
                     "`search`, for all trials alike"
                 )
-            if key == "micro_batch_size":
-                raise ValueError("`micro_batch_size` shapes no result: set it beside `search`")
+            if key in EXECUTION_FIELDS:
+                raise ValueError(f"`{key}` shapes no result: set it beside `search`")
         space = self.space
         if self.num_samples is not None and not space.distributions:
             raise ValueError(

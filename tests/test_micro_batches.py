@@ -1,4 +1,4 @@
-"""Micro-batches: what cannot be cut is refused, and no finished stage is known by its parts."""
+"""How a step runs: what cannot be cut is refused, and no finished stage is known by it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
             "`batch_size` 8 over 4 worker.s. is 2 each, not divisible by `micro_batch_size` 4",
         ),
         (TuneConfig, {"search": {"micro_batch_size": [1, 2]}}, "set it beside `search`"),
+        (
+            TuneConfig,
+            {"search": {"activation_checkpointing": [False, True]}},
+            "`activation_checkpointing` shapes no result",
+        ),
     ],
 )
 def test_refused(section: type[TrainingConfig], settings: dict[str, Any], message: str) -> None:
@@ -51,6 +56,7 @@ def test_what_a_training_run_is_known_by(tmp_path: Path) -> None:
 
     known = shaping()
     assert shaping("train.micro_batch_size=2") == known
+    assert shaping("train.activation_checkpointing=true") == known
     assert shaping("train.batch_size=2") != known
     # The number of negatives shapes the prompts that list them, and those alone.
     assert shaping("data.num_negatives=5") == known

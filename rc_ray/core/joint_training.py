@@ -3,7 +3,7 @@
 Every domain has its own batch, loss, gradient norm, optimiser and schedule, so what it learns is
 what it would learn alone, up to the order of summation.
 
-Letters: B rows, T tokens, H hidden size.
+Letters: N tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rc_ray.core.adapters import Adapter
 from rc_ray.core.batches import Batch
 from rc_ray.core.lora_bank import LoraBank
 from rc_ray.core.model import LanguageModel, decoder_hidden
+from rc_ray.core.packed_attention import fits_window
 from rc_ray.core.training import StepMetrics, TorchEngine, TrainingModule, TrainingPlan
 from rc_ray.core.validation import BestSoFar, HeldOutTitles
-
-_MAX_PADDING = 0.1
-"""Share of a pass that may be padding put there to join domains of different row length."""
 
 
 @dataclass
@@ -44,10 +42,17 @@ class Member:
 
 
 class Part(NamedTuple):
-    """Some rows of one member."""
+    """What one member has to read in a pass."""
 
     name: str
     batch: Batch
+    is_packed: bool
+    """Whether the texts stand one behind the other in one row."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Padding included."""
+        return self.batch.input_ids.numel()
 
 
 def make_member(lm: LanguageModel, bank: LoraBank, name: str, plan: TrainingPlan) -> Member:
@@ -70,9 +75,10 @@ class JointTraining:
         lm: the base, which carries the bank.
         bank: has a LoRA by each member's name.
         members: by name; one that is taken out takes no further steps.
-        tokens_per_pass: domains share a forward pass as long as it has no more tokens, padding
-            included. It bounds the memory of activations however many domains there are, but for
-            the single part of a batch that is larger by itself.
+        tokens_per_pass: domains share a forward pass as long as it has no more tokens. It bounds
+            the memory of activations however many domains there are, but for the single part of a
+            batch that is larger by itself. A model without packed attention reads each domain in
+            passes of its own.
     """
 
     def __init__(
@@ -120,8 +126,9 @@ class JointTraining:
             except Exception as error:  # of this domain's data: the others go on
                 found[name] = error
                 continue
-            parts += [Part(name, batch) for batch in batches]
+            parts += [self._part(name, batch) for batch in batches]
         losses = {part.name: torch.zeros((), device=self.lm.device) for part in parts}
+        self.lm.model.train()
         for together in passes(parts, self.tokens_per_pass):
             for name, loss in self._backward(together):
                 losses[name] += loss
@@ -158,6 +165,7 @@ class JointTraining:
         due = member.finished or num_done % (config.valid_every or config.num_steps) == 0
         if member.held_out is None or not due:
             return
+        self.lm.model.eval()
         loss = member.held_out.loss(lambda batch: self._loss(name, batch), self.lm.device)
         if member.best.improves(loss):
             member.best = BestSoFar(loss, num_done, adapter=self.bank.adapter(name))
@@ -166,83 +174,62 @@ class JointTraining:
         metrics["valid_loss"] = loss
         member.finished |= member.best.exhausted(config.patience)
 
+    def _part(self, name: str, batch: Batch) -> Part:
+        module = self.members[name].engine.module
+        is_packed = module.is_packed and fits_window(self.lm.model, batch.lengths)
+        return Part(name, batch.flattened() if is_packed else batch, is_packed)
+
     def _loss(self, name: str, batch: Batch) -> Tensor:
-        with self.bank.rows([(name, batch.input_ids.shape[0])]):
+        part = self._part(name, batch)
+        with self.bank.tokens([(name, part.num_tokens)]):
+            return self._losses([part])[0]
+
+    def _losses(self, parts: Sequence[Part]) -> list[Tensor]:
+        """One forward pass; the loss of each part."""
+        device = self.lm.device
+        batches = [part.batch.to(device) for part in parts]
+        if parts[0].is_packed:
+            positions = [batch.position_ids for batch in batches if batch.position_ids is not None]
+            hidden = decoder_hidden(
+                self.lm.model,
+                torch.cat([batch.input_ids for batch in batches], dim=1),
+                torch.cat(positions, dim=1),
+                lengths=[length for batch in batches for length in batch.lengths],
+            )
+        else:
+            (batch,) = batches
             hidden = decoder_hidden(self.lm.model, batch.input_ids, batch.position_ids, batch.mask)
-        return self.members[name].engine.module.loss(hidden, batch)
+        owned = hidden.flatten(0, 1).split([part.num_tokens for part in parts])  # (N, H) each
+        return [
+            self.members[part.name].engine.module.loss(own, batch)
+            for part, own, batch in zip(parts, owned, batches, strict=True)
+        ]
 
     def _backward(self, parts: Sequence[Part]) -> list[tuple[str, Tensor]]:
         """One forward and backward pass; the loss of each part."""
-        input_ids, position_ids, mask = joined([part.batch for part in parts])
-        device = self.lm.device
-        counts = [(part.name, part.batch.input_ids.shape[0]) for part in parts]
-        with self.bank.rows(counts):
-            hidden = decoder_hidden(
-                self.lm.model,
-                input_ids.to(device),
-                None if position_ids is None else position_ids.to(device),
-                None if mask is None else mask.to(device),
-            )  # (B, T, H)
-        losses = []
-        for part, rows in zip(parts, hidden.split([count for _, count in counts]), strict=True):
-            own = rows[:, : part.batch.input_ids.shape[1]]
-            module = self.members[part.name].engine.module
-            losses.append((part.name, module.loss(own, part.batch.to(device))))
-        # No matrix belongs to two members, so neither do the gradients, NaN included.
-        torch.stack([loss for _, loss in losses]).sum().backward()
-        return [(name, loss.detach()) for name, loss in losses]
+        with self.bank.tokens([(part.name, part.num_tokens) for part in parts]):
+            losses = self._losses(parts)
+            # No matrix belongs to two members, so neither do the gradients, NaN included.
+            torch.stack(losses).sum().backward()
+        return [(part.name, loss.detach()) for part, loss in zip(parts, losses, strict=True)]
 
 
 def passes(parts: Sequence[Part], tokens_per_pass: int) -> list[list[Part]]:
-    """Put parts of like row length together, the longest rows first.
+    """Put packed parts together in few passes: first fit by falling length.
 
     Args:
         parts: in any order.
-        tokens_per_pass: rows times the longest row of a pass of several parts are no more.
+        tokens_per_pass: a pass of several parts has no more tokens.
     """
     found: list[list[Part]] = []
-    # Masked attention costs more than causal attention: no part pays for its neighbour's mask.
-    order = sorted(parts, key=lambda p: (p.batch.mask is None, -p.batch.input_ids.shape[1]))
-    for part in order:
-        if found and _fits([*found[-1], part], tokens_per_pass):
-            found[-1].append(part)
-        else:
-            found.append([part])
+    free: list[int] = []
+    for part in sorted(parts, key=lambda part: -part.num_tokens):
+        fits = (i for i, room in enumerate(free) if part.is_packed and part.num_tokens <= room)
+        place = next(fits, None)
+        if place is None:
+            found.append([])
+            free.append(tokens_per_pass if part.is_packed else 0)
+            place = len(found) - 1
+        found[place].append(part)
+        free[place] -= part.num_tokens
     return found
-
-
-def _fits(parts: Sequence[Part], tokens_per_pass: int) -> bool:
-    if (parts[0].batch.mask is None) != (parts[-1].batch.mask is None):
-        return False
-    shapes = [part.batch.input_ids.shape for part in parts]
-    num_cells = sum(rows for rows, _ in shapes) * max(length for _, length in shapes)
-    padding = num_cells - sum(rows * length for rows, length in shapes)
-    return num_cells <= tokens_per_pass and padding <= _MAX_PADDING * num_cells
-
-
-def joined(batches: Sequence[Batch]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows of several batches, all with a mask or all without, padded on the right.
-
-    Returns:
-        input_ids (B, T); position_ids (B, T) and mask (B, 1, T, T), or None without masks.
-    """
-    length = max(batch.input_ids.shape[1] for batch in batches)
-
-    def widened(x: Tensor) -> Tensor:
-        return nn.functional.pad(x, (0, length - x.shape[1]))
-
-    input_ids = torch.cat([widened(batch.input_ids) for batch in batches])
-    masks = [batch.mask for batch in batches if batch.mask is not None]
-    if not masks:
-        return input_ids, None, None
-    position_ids = torch.cat(
-        [widened(batch.position_ids) for batch in batches if batch.position_ids is not None]
-    )
-    # Padding sees itself: a row that sees nothing would be NaN.
-    mask = torch.eye(length, dtype=torch.bool).repeat(len(input_ids), 1, 1, 1)
-    start = 0
-    for own in masks:
-        size = own.shape[-1]
-        mask[start : start + len(own), :, :size, :size] |= own
-        start += len(own)
-    return input_ids, position_ids, mask

@@ -1,4 +1,4 @@
-"""LoRAs of several domains side by side on one frozen base, each acting on its own rows.
+"""LoRAs of several domains side by side on one frozen base, each acting on its own tokens.
 
 Letters: B rows, T tokens.
 """
@@ -22,8 +22,8 @@ from rc_ray.training_config import LoraConfig
 class LoraBank:
     """Trainable LoRAs of one shape on one model.
 
-    Inside `rows` a forward pass sends each row through the LoRA that it belongs to; elsewhere the
-    model is the bare base. A LoRA begins with the values that `with_lora` gives it.
+    Inside `tokens` a forward pass sends each token through the LoRA that it belongs to; elsewhere
+    the model is the bare base. A LoRA begins with the values that `with_lora` gives it.
 
     Args:
         model: the frozen base, which carries the bank until `unload()`.
@@ -38,10 +38,12 @@ class LoraBank:
         self, model: PreTrainedModel, config: LoraConfig, seeds: Mapping[str, int]
     ) -> None:
         # Dropout draws from one stream of random numbers: a domain would see its neighbours.
-        if config.dropout or getattr(model.config, "attention_dropout", 0.0):
+        dropout = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+        if config.dropout or getattr(model.config, "attention_dropout", 0.0) or any(dropout):
             raise ValueError(
                 "dropout ties together what several domains' LoRAs learn side by side; set "
-                "`lora.dropout` to 0 or train the domains apart"
+                "`lora.dropout` to 0 (and the model's own, if it has any), or train the domains "
+                "apart"
             )
         first = {seed: _first_values(model, config, seed) for seed in set(seeds.values())}
         self._scale = config.alpha / config.rank
@@ -57,7 +59,7 @@ class LoraBank:
                 pair = first[seed].modules[layer]
                 a, b = (nn.Parameter(m.clone().to(linear.weight.device)) for m in (pair.a, pair.b))
                 self._pairs[name][layer] = (a, b)
-        self._rows: tuple[tuple[str, int], ...] = ()
+        self._counts: tuple[tuple[str, int], ...] = ()
         for layer, linear in self._linears.items():
             linear.forward = self._forward(layer, linear)  # type: ignore[method-assign, assignment]
 
@@ -106,18 +108,18 @@ class LoraBank:
         del self._pairs[name]
 
     @contextmanager
-    def rows(self, counts: Sequence[tuple[str, int]]) -> Iterator[None]:
-        """Say whose the rows of the forward passes inside the block are.
+    def tokens(self, counts: Sequence[tuple[str, int]]) -> Iterator[None]:
+        """Say whose the tokens of the passes inside the block are, forward and backward.
 
         Args:
-            counts: names and numbers of neighbouring rows, from the first row on; a name may come
-                several times.
+            counts: names and numbers of neighbouring tokens, row by row; they add up to B * T. A
+                name may come several times.
         """
-        self._rows = tuple(counts)
+        self._counts = tuple(counts)
         try:
             yield
         finally:
-            self._rows = ()
+            self._counts = ()
 
     def unload(self) -> None:
         """Give the model its own layers back."""
@@ -126,16 +128,11 @@ class LoraBank:
 
     def _forward(self, layer: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            if not self._rows:
+            if not self._counts:
                 return nn.functional.linear(x, linear.weight, linear.bias)
-            length = x[0].numel() // x.shape[-1]
-            return lora_linear(
-                x,
-                linear,
-                [self._pairs[name][layer] for name, _ in self._rows],
-                self._scale,
-                tuple(count * length for _, count in self._rows),
-            )
+            pairs = [self._pairs[name][layer] for name, _ in self._counts]
+            num_tokens = tuple(count for _, count in self._counts)
+            return lora_linear(x, linear, pairs, self._scale, num_tokens)
 
         return forward
 

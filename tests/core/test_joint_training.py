@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rc_ray.core import joint_training
 from rc_ray.core.adapters import Adapter, adapter_of
 from rc_ray.core.batches import Batch, Example, pack
 from rc_ray.core.domains import Domain
-from rc_ray.core.joint_training import JointTraining, Part, joined, make_member, passes
+from rc_ray.core.joint_training import JointTraining, Part, make_member, passes
 from rc_ray.core.lora_bank import LoraBank
 from rc_ray.core.model import LanguageModel, decoder_hidden, load_language_model, with_lora
 from rc_ray.core.prompts import PromptRenderer
@@ -133,18 +131,25 @@ def largest_difference(one: Adapter, other: Adapter) -> float:
     "settings",
     [
         {},
-        {"micro_batch_size": 2, "schedule": "linear", "weight_decay": 0.1},
-        {"style": "instruct", "loss": "vocabulary", "lora": {"rank": 2, "first_layer": 1}},
+        {"num_steps": 8, "micro_batch_size": 2, "schedule": "linear", "weight_decay": 0.1},
+        {
+            "style": "instruct",
+            "loss": "vocabulary",
+            "lora": {"rank": 2, "first_layer": 1},
+            "activation_checkpointing": True,
+            "num_steps": 8,
+        },
     ],
 )
-def test_together_as_one_by_one(
-    folder: Path, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(joint_training, "_MAX_PADDING", 1.0)  # lengths differ much here
+def test_together_as_one_by_one(folder: Path, settings: dict[str, object]) -> None:
     wanted = {name: alone(folder, name, **settings) for name in TITLES}
     for tokens_per_pass in (1, 100_000):
         group = make_group(folder, list(TITLES), tokens_per_pass, **settings)
-        parts = [Part(n, part) for n, m in group.members.items() for part in m.plan.batches(0)]
+        parts = [
+            group._part(name, batch)
+            for name, member in group.members.items()
+            for batch in member.plan.batches(0)
+        ]
         sizes = [len(one) for one in passes(parts, tokens_per_pass)]
         assert set(sizes) == {1} if tokens_per_pass == 1 else max(sizes) > 1
         rows = run(group)
@@ -205,7 +210,7 @@ def test_each_row_goes_through_its_own_adapter(folder: Path) -> None:
         generator = torch.Generator().manual_seed(ord(name))
         for matrix in bank.parameters(name):
             matrix.data = torch.randn(matrix.shape, generator=generator) * 0.1
-    with bank.rows([("y", 1), ("x", 3), ("y", 1)]):
+    with bank.tokens([("y", 9), ("x", 27), ("y", 9)]):
         mixed = decoder_hidden(lm.model, tokens).detach()
     torch.testing.assert_close(decoder_hidden(lm.model, tokens), bare)
     adapters = {name: bank.adapter(name) for name in ("x", "y")}
@@ -240,40 +245,30 @@ def test_what_does_not_fit_the_bank_is_refused(folder: Path) -> None:
         bank.load("x", wider)
 
 
-def part(name: str, lengths: Sequence[int]) -> Part:
-    """Examples of one title each, the title's token last; several short ones make a masked row."""
+def test_a_model_without_packed_attention_takes_turns(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = make_group(folder, ["short", "middle"], 100_000, num_steps=4)
+    for member in group.members.values():
+        member.engine.module.is_packed = False
+    run(group)
+    for name in ("short", "middle"):
+        _, adapter = alone(folder, name, num_steps=4)
+        assert largest_difference(group.bank.adapter(name), adapter) < 1e-5
+
+
+def part(name: str, num_tokens: int, *, is_packed: bool = True) -> Part:
     trie = CatalogueTrie([[4], [5]])
-    examples = [Example(name, tuple(range(6, 5 + n)) + (4,), ((0, n - 1),)) for n in lengths]
-    return Part(name, pack(examples, {name: trie}, {name: [[4], [5]]}))
+    example = Example(name, (*range(6, 5 + num_tokens), 4), ((0, num_tokens - 1),))
+    return Part(name, pack([example], {name: trie}, {name: [[4], [5]]}).flattened(), is_packed)
 
 
-def test_passes_join_like_lengths_within_the_bound() -> None:
-    parts = [part("a", [7]), part("b", [20] * 3), part("c", [19] * 2), part("d", [20, 8, 8])]
+def test_passes_fill_up_to_the_bound() -> None:
+    parts = [part("a", 10), part("b", 20), part("c", 30), part("d", 5, is_packed=False)]
 
     def names(tokens_per_pass: int) -> list[list[str]]:
         return [[p.name for p in group] for group in passes(parts, tokens_per_pass)]
 
-    # d has two examples in a row, hence a mask; a's rows are too short for b's and c's.
-    assert names(1000) == [["d"], ["b", "c"], ["a"]]
-    assert names(99) == [["d"], ["b"], ["c"], ["a"]]  # b and c have 5 rows of 20
-
-
-def test_joined_rows_see_what_they_saw_alone() -> None:
-    first, second = part("a", [9, 4, 4]).batch, part("b", [8, 3, 4]).batch
-    input_ids, position_ids, mask = joined([first, second])
-    assert input_ids.shape == (4, 9)
-    assert position_ids is not None
-    assert mask is not None
-    start = 0
-    for batch in (first, second):
-        rows, size = batch.input_ids.shape
-        own = slice(start, start + rows)
-        assert torch.equal(input_ids[own, :size], batch.input_ids)
-        assert torch.equal(position_ids[own, :size], batch.position_ids)
-        real = batch.mask.any(dim=-1)  # type: ignore[union-attr]
-        seen = mask[own, :, :size, :size]
-        assert torch.equal(seen[real], batch.mask[real])  # type: ignore[index]
-        start += rows
-    assert mask.any(dim=-1).all()
-    plain = replace(first, mask=None, position_ids=None)
-    assert joined([plain])[1:] == (None, None)
+    assert names(60) == [["c", "b", "a"], ["d"]]
+    assert names(40) == [["c", "a"], ["b"], ["d"]]
+    assert names(1) == [["c"], ["b"], ["a"], ["d"]]  # each is larger by itself
