@@ -295,7 +295,7 @@ class CheckpointStore:
                 self.filesystem.delete_file(info.path)
 
     def _by_steps(self) -> list[tuple[int, str]]:
-        """Steps done (-1: unknown) and names of the checkpoints, the most steps first."""
+        """Steps done and names, the most steps first; before them those of unknown steps, -1."""
         from pyarrow.fs import FileSelector, FileType
 
         found = []
@@ -308,7 +308,7 @@ class CheckpointStore:
             except (OSError, ValueError, KeyError, TypeError):
                 num_steps = -1
             found.append((num_steps, info.base_name))
-        return sorted(found, reverse=True)
+        return sorted(found, key=lambda one: (one[0] < 0, *one), reverse=True)
 
 
 def _open_storage(storage: str) -> tuple[FileSystem, str]:

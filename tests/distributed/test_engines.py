@@ -284,11 +284,11 @@ def test_the_best_adapter_outlives_a_resume_and_patience_ends_the_run(
     # A rate far too high after a good start: validation worsens soon.
     settings = (
         "train.learning_rate=0.3",
-        "train.warmup_fraction=1.0",
+        "train.warmup_fraction=0.5",
         "train.lora.dropout=0.3",
-        "train.num_steps=40",
+        "train.num_steps=12",
         "train.valid_every=1",
-        "train.patience=3",
+        "train.patience=2",
     )
     experiment = make_run(*settings)
     unbroken = learner(experiment, deepspeed)
@@ -296,16 +296,16 @@ def test_the_best_adapter_outlives_a_resume_and_patience_ends_the_run(
     for metrics in unbroken.steps():
         adapters.append(unbroken.adapter())
         losses.append(metrics["valid_loss"])
-        if metrics["step"] == 2:
-            unbroken.save(tmp_path / "checkpoint", 3)
+        if metrics["step"] == 1:
+            unbroken.save(tmp_path / "checkpoint", 2)
     best = min(range(len(losses)), key=losses.__getitem__)
-    # Three validations without a new best, and not a step more.
-    assert len(losses) == best + 1 + 3 < 40
+    # Two validations without a new best, and not a step more.
+    assert len(losses) == best + 1 + 2 < 12
     assert unbroken.finished
     assert (unbroken.best.loss, unbroken.best.num_steps) == (losses[best], best + 1)
     assert_same(adapters[best], unbroken.result())
     resumed = learner(experiment, deepspeed, checkpoint=tmp_path / "checkpoint")
-    assert [metrics["valid_loss"] for metrics in resumed.steps()] == losses[3:]
+    assert [metrics["valid_loss"] for metrics in resumed.steps()] == losses[2:]
     assert_same(unbroken.result(), resumed.result())
     # Validating changes nothing about the training.
     plain = learner(make_run(*settings[:-2]), deepspeed)
