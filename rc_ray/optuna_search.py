@@ -65,6 +65,10 @@ class OptunaPerDomain(Searcher):  # type: ignore[misc]
         """Trials still to be given."""
         return sum(self._left.values())
 
+    def orders(self) -> list[Path]:
+        """Everything that was given, by this searcher or one before it."""
+        return [path for path, _ in read_orders(self._orders)]
+
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
     ) -> bool:

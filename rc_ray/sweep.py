@@ -95,7 +95,7 @@ def fit(
                 search_alg=searcher,
                 # The base model stays loaded between trials; Ray Train's workers end with theirs.
                 reuse_actors=request.num_workers == 1,
-                trial_dirname_creator=_short_name,
+                trial_dirname_creator=_folder_name,
             ),
             run_config=tune.RunConfig(
                 name=books.name,
@@ -108,11 +108,14 @@ def fit(
     else:
         note("the sweep of a driver that was killed goes on")
     results = tuner.fit()
+    # By the folder's name: Tune knows no settings of a trial that died before its first report.
+    given = orders if searcher is None else searcher.orders()
+    paths = {path.stem: path for path in given}
     died = {}
     for result in results:
         if result.error is not None:
             lines = str(result.error).strip().splitlines() or [type(result.error).__name__]
-            died[Path(result.config["trial"])] = lines[-1]
+            died[paths[Path(result.path).name]] = lines[-1]
     # Only a sweep that was cut off is gone on with.
     shutil.rmtree(books, ignore_errors=True)
     return died
@@ -137,5 +140,5 @@ def _restored(books: Path, trainable: Any, space: dict[str, Any]) -> Any:
         return None
 
 
-def _short_name(trial: Any) -> str:
-    return str(trial.trial_id)
+def _folder_name(trial: Any) -> str:
+    return Path(trial.config["trial"]).stem

@@ -47,7 +47,11 @@ def _validate(trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def _task_resources(trial: dict[str, Any]) -> dict[str, Any]:
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
     return {
+        # Outside the trial's own placement group, which holds no CPU.
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=None),
         "num_cpus": trial["num_cpus"],
         "num_gpus": trial["num_gpus"],
         "memory": trial["memory"],

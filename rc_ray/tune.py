@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ from rc_ray.sweep_plan import (
 )
 from rc_ray.sweep_summary import write_summary
 from rc_ray.training_config import TrainingConfig
-from rc_ray.trial_memory import estimate_bytes, read_shape
+from rc_ray.trial_memory import estimate_bytes, read_shape, tokens_per_title
 
 if TYPE_CHECKING:
     from rc_ray.sweep import Request
@@ -222,7 +222,7 @@ def _fit(
 
     config = experiment.tune
     model = model_dir(experiment.model.path, console.note)
-    request = _request(experiment, model, [trial.setting for trial in left])
+    request = _request(experiment, folder, model, left, trials)
     num_slots = _num_slots(experiment, request)
     orders_dir = _orders_dir(experiment, work)
     # Of all trials of these domains: what the finished ones showed decides whom ASHA stops.
@@ -292,8 +292,14 @@ def _sweep_name(experiment: Experiment, trials: Mapping[str, list[Trial]]) -> st
     return artifacts.digest([planned, judged, settings, experiment.seed, artifacts.METHOD])[:16]
 
 
-def _request(experiment: Experiment, model: Path, settings: Sequence[TrainingConfig]) -> Request:
-    """What each process of a trial asks for; the largest setting decides for all."""
+def _request(
+    experiment: Experiment,
+    folder: RunFolder,
+    model: Path,
+    left: Sequence[Trial],
+    domains: Iterable[str],
+) -> Request:
+    """What each process of a trial asks for; the largest setting and titles decide for all."""
     from rc_ray.sweep import Request
 
     config = experiment.tune
@@ -301,18 +307,21 @@ def _request(experiment: Experiment, model: Path, settings: Sequence[TrainingCon
         memory = int(config.memory_per_trial_gb * 1e9)
     else:
         shape = read_shape(model)
+        titles = tokens_per_title(folder.domain_dir(domain) for domain in domains)
+        asked = () if config.is_planned else config.settings()
         memory = max(
             estimate_bytes(
                 shape,
                 setting,
                 dtype=experiment.model.dtype,
                 use_gpu=config.gpus_per_trial > 0,
+                tokens_per_title=titles,
                 tokens_per_batch=experiment.evaluate.tokens_per_batch,
                 num_listed=experiment.data.num_negatives,
                 num_domains=config.domains_per_trial,
                 tokens_per_pass=config.tokens_per_pass,
             )
-            for setting in (*settings, *(() if config.is_planned else config.settings()))
+            for setting in {*(trial.setting for trial in left), *asked}
         )
     return Request(config.cpus_per_trial, config.gpus_per_trial, memory, config.num_workers)
 

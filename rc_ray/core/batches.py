@@ -190,7 +190,9 @@ def pack(
                     edges.append(edge)
                 removed += trie.taken_rows(visit_of, chosen, keep=(trie.leaf_of_item[item],))
                 chosen.append(item)
-                for depth, token in enumerate(title_tokens[example.catalogue][item]):
+                title = title_tokens[example.catalogue][item]
+                # A title that is shown cut short has no places for the rest of its tokens.
+                for depth, token in enumerate(title[: len(example.tokens) - start]):
                     token_positions.append(before + depth)
                     token_targets.append(token)
             offset = end

@@ -131,7 +131,13 @@ def largest_difference(one: Adapter, other: Adapter) -> float:
     "settings",
     [
         {},
-        {"num_steps": 8, "micro_batch_size": 2, "schedule": "linear", "weight_decay": 0.1},
+        {
+            "num_steps": 8,
+            "style": "brief",
+            "micro_batch_size": 2,
+            "schedule": "linear",
+            "weight_decay": 0.1,
+        },
         {
             "style": "instruct",
             "loss": "vocabulary",

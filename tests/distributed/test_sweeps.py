@@ -20,6 +20,7 @@ from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment, load
 from rc_ray.core.adapters import load_adapter
 from rc_ray.errors import ConfigError
+from rc_ray.sweep import Request, fit
 from tests.distributed.test_tune import changed_files, run
 
 pytestmark = pytest.mark.distributed
@@ -144,6 +145,28 @@ def test_memory_bounds_how_many_run_at_a_time(ray_local, make_run, screen) -> No
     )
 
 
+def test_a_process_that_dies_again_and_again_is_told_and_stops_no_other(
+    ray_local, make_run, tmp_path
+) -> None:
+    def die_or_report(config: dict[str, Any]) -> None:
+        from ray import tune
+
+        if "broken" in config["trial"]:
+            os._exit(1)
+        Path(config["trial"]).with_suffix(".done").touch()
+        tune.report({"failed": False})
+
+    orders = [tmp_path / "orders" / f"{name}.a.json" for name in ("broken", "whole")]
+    for order in orders:
+        artifacts.write_json(order, {})
+    request = Request(cpus=1.0, gpus=0.0, memory=1)
+    books = tmp_path / ".tune" / "books"
+    died = fit(books, orders, die_or_report, make_run().tune, request, num_slots=2)
+    assert list(died) == [orders[0]]
+    assert orders[1].with_suffix(".done").exists()
+    assert not books.exists()
+
+
 @pytest.mark.slow
 def test_a_trial_on_two_workers_equals_one_on_one(ray_local, make_run, screen) -> None:
     settings = (*SETTINGS, "tune.valid_every=4")
@@ -173,6 +196,7 @@ from rc_ray.artifacts import RunFolder
 from rc_ray.config import load
 from rc_ray.progress import Progress
 from rc_ray.session import ray_session
+from rc_ray.sweep import Request, fit
 
 if __name__ == "__main__":
     experiment = load(Path(sys.argv[1]), tuple(sys.argv[2:]))
