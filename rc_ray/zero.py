@@ -6,10 +6,11 @@ pay for it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -55,6 +56,12 @@ def deepspeed_settings(
         zero["offload_optimizer"] = {"device": "cpu"}
         if settings.zero_stage == 3:
             zero["offload_param"] = {"device": "cpu"}
+    if settings.zero_stage == 3:
+        # DeepSpeed's own values keep a billion parameters gathered once they were needed: all of
+        # a small LLM on every worker.
+        zero["stage3_max_reuse_distance"] = 0
+        zero["stage3_max_live_parameters"] = 300_000_000
+        zero["stage3_prefetch_bucket_size"] = 20_000_000
     num_parts = config.num_parts(world_size)
     return {
         "train_micro_batch_size_per_gpu": config.batch_size // world_size // num_parts,
@@ -89,6 +96,8 @@ def sharded_loading(
         yield
         return
     load_deepspeed(use_gpu=use_gpu)
+    if not use_gpu:
+        _give_back_freed_memory()
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -100,6 +109,17 @@ def sharded_loading(
     finally:
         unset_hf_deepspeed_config()
         del alive
+
+
+def _give_back_freed_memory() -> None:
+    """Let a gathered matrix leave the process when it is freed.
+
+    glibc soon serves tensors of up to 32 MiB from its heap, where what is kept lies between what is
+    freed, and the heap would hold most of the model after all.
+    """
+    m_mmap_threshold = -3  # of malloc.h
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
 
 
 def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
