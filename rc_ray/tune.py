@@ -71,15 +71,21 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         shutil.rmtree(work, ignore_errors=True)
     failed: dict[str, str] = {}
     trials: dict[str, list[Trial]] = {}
+    up_to_date: list[str] = []
     for domain in experiment.data.ingredients:
         try:
             inputs = recipes.ingredient(experiment, domain).inputs(folder)
             if not force and _is_up_to_date(experiment, folder, domain, inputs):
-                console.note(f"{folder.ingredient_dir(domain)} is up to date")
+                up_to_date.append(domain)
                 continue
             trials[domain] = _trials_of(experiment, folder, domain, work)
         except ArtifactError as error:
             failed[domain] = str(error)
+    if len(up_to_date) > _MAX_LINES:
+        console.note(f"{len(up_to_date)} ingredients in {target} are up to date")
+    else:
+        for domain in up_to_date:
+            console.note(f"{folder.ingredient_dir(domain)} is up to date")
     start = time.monotonic()
     before = _seconds_trained(trials)
     num_slots, problems = _run_trials(experiment, folder, work, trials, console)
