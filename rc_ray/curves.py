@@ -10,12 +10,12 @@ from rc_ray.artifacts import write_text
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError
 from rc_ray.progress import JsonlTail
-from rc_ray.training_config import TrainingConfig
+from rc_ray.training_config import EXECUTION_FIELDS, TrainingConfig
 
 
 def shaping_config(training: TrainingConfig, experiment: Experiment) -> dict[str, Any]:
     """The settings that decide what a training run results in; those of its execution do not."""
-    fields = set(TrainingConfig.model_fields) - {"micro_batch_size"}
+    fields = set(TrainingConfig.model_fields) - set(EXECUTION_FIELDS)
     if training.valid_every is None:
         fields -= {"valid_every", "num_valid_histories", "patience"}
     shaping: dict[str, Any] = {

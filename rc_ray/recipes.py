@@ -13,9 +13,17 @@ from rc_ray import __version__, artifacts
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import OF_THE_SPIRIT, Experiment, System
 from rc_ray.curves import shaping_config
+from rc_ray.training_config import EXECUTION_FIELDS
 
 _EXECUTION: dict[str, set[str]] = {
-    "train": {"num_workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size"},
+    "train": {
+        "num_workers",
+        "min_workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        *EXECUTION_FIELDS,
+        "checkpoint_storage",
+    },
     "tune": {
         "max_concurrent_trials",
         "cpus_per_trial",
@@ -23,7 +31,9 @@ _EXECUTION: dict[str, set[str]] = {
         "memory_per_trial_gb",
         "num_workers",
         "deepspeed",
-        "micro_batch_size",
+        *EXECUTION_FIELDS,
+        "domains_per_trial",
+        "tokens_per_pass",
     },
     "merge": {"cpus_per_task", "gpus_per_task", "micro_batch_size"},
     "evaluate": {"num_actors", "cpus_per_actor", "gpus_per_actor", "tokens_per_batch"},

@@ -140,6 +140,7 @@ def trial_config(
         "memory": memory,
         "num_workers": config.num_workers,
         "deepspeed": config.deepspeed.model_dump(mode="json"),
+        "tokens_per_pass": config.tokens_per_pass,
         "checkpoint_every": config.checkpoint_every,
         "num_valid_users": config.num_valid_users,
         "valid_max_titles": experiment.evaluate.max_titles,
@@ -163,6 +164,33 @@ def write_order(orders: Path, trial: Trial, config: Mapping[str, Any]) -> Path:
     path = order_path(orders, trial)
     artifacts.write_json(path, dict(config))
     return path
+
+
+def write_groups(orders: Path, trials: Iterable[Trial], size: int) -> list[Path]:
+    """Put trials of one setting in groups, and write an order for each group.
+
+    Args:
+        orders: the folder with the trials' own orders.
+        trials: in the order in which they should run.
+        size: trials in a group at most.
+    """
+    by_setting: dict[str, list[Path]] = {}
+    for trial in trials:
+        known = artifacts.digest(trial.setting.model_dump(mode="json"))
+        by_setting.setdefault(known, []).append(order_path(orders, trial))
+    groups = []
+    for paths in by_setting.values():
+        for start in range(0, len(paths), size):
+            names = [str(path) for path in paths[start : start + size]]
+            groups.append(orders / "groups" / f"{artifacts.digest(names)[:16]}.json")
+            artifacts.write_json(groups[-1], {"orders": names})
+    return groups
+
+
+def orders_in(path: Path) -> list[Path]:
+    """The trials' orders behind what Ray Tune was given: a group's, or the one itself."""
+    content = artifacts.read_json(path)
+    return [Path(name) for name in content["orders"]] if "orders" in content else [path]
 
 
 def read_orders(orders: Path) -> list[tuple[Path, dict[str, Any]]]:

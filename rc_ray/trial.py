@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from rc_ray.core.metrics import ndcg, rank_targets
 from rc_ray.core.model import LanguageModel, choose_dtype, load_language_model
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
+from rc_ray.core.training import StepMetrics
 from rc_ray.curves import read_metrics, summary, write_metrics
 from rc_ray.engines import build_learner, check_trained, local_model_dir, prepare_process
 from rc_ray.errors import UserError
@@ -28,7 +29,7 @@ from rc_ray.training_config import TrainingConfig
 
 WORKERS = ".workers"
 """Where Ray Train keeps its books of a trial with several workers."""
-_CHECKPOINT = ".checkpoint"
+CHECKPOINT = ".checkpoint"
 """Hidden: no part of what the manifest seals."""
 _TRAINED = "training_fingerprint"
 
@@ -69,13 +70,11 @@ def train_ingredient(
     folder = Path(trial["folder"])
     setting = TrainingConfig.model_validate(trial["setting"])
     prepare_process(trial["num_cpus"])
-    device = "cuda" if trial["use_gpu"] else "cpu"
-    folder_of_base = local_model_dir(trial["model_dir"], trial["model"]["path"])
-    lm = _base(folder_of_base, trial["model"]["dtype"], device)
+    lm = base_of(trial)
     domain = read_domain(Path(trial["domain_dir"]))
     clock.lap("load_s")
     folder.mkdir(parents=True, exist_ok=True)
-    sealed = _trained(trial, folder)
+    sealed = sealed_adapter(trial, folder)
     if sealed is not None:
         adapter = sealed
     elif adapter is None:
@@ -122,7 +121,7 @@ def train_ingredient(
         metrics=metrics,
     )
     # Only now: a kill before the manifest must not cost the training.
-    for name in (_CHECKPOINT, WORKERS):
+    for name in (CHECKPOINT, WORKERS):
         shutil.rmtree(folder / name, ignore_errors=True)
     return metrics
 
@@ -158,7 +157,7 @@ def validate(
     return float(np.mean(gains)), len(gains)
 
 
-def _trained(trial: dict[str, Any], folder: Path) -> Adapter | None:
+def sealed_adapter(trial: dict[str, Any], folder: Path) -> Adapter | None:
     """The adapter of a folder that was sealed after this very training."""
     if not (folder / MANIFEST).exists():
         return None
@@ -177,7 +176,7 @@ def _train(
     report: Report | None,
 ) -> Adapter:
     """Run the remaining steps; the base model is bare again afterwards."""
-    checkpoint = folder / _CHECKPOINT
+    checkpoint = folder / CHECKPOINT
     learner = build_learner(
         lm,
         [domain],
@@ -192,14 +191,7 @@ def _train(
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
             for metrics in learner.steps():
-                if not math.isfinite(metrics["loss"]):
-                    raise UserError(
-                        f"the loss is {metrics['loss']} at step {metrics['step']}; lower "
-                        f"`tune.learning_rate` ({setting.learning_rate:g})"
-                    )
-                rate = metrics["num_tokens"] / metrics["seconds"]
-                log.write(json.dumps({**metrics, "tokens_per_s": rate}) + "\n")
-                log.flush()
+                write_step(log, metrics, setting)
                 num_done = metrics["step"] + 1
                 if num_done % trial["checkpoint_every"] == 0 or learner.finished:
                     with replaced_dir(checkpoint) as work:
@@ -213,12 +205,35 @@ def _train(
         lm.model.eval()
 
 
+def write_step(log: TextIO, metrics: StepMetrics, setting: TrainingConfig) -> None:
+    """Append a step to the loss curve.
+
+    Raises:
+        UserError: its loss is not finite.
+    """
+    if not math.isfinite(metrics["loss"]):
+        raise UserError(
+            f"the loss is {metrics['loss']} at step {metrics['step']}; lower "
+            f"`tune.learning_rate` ({setting.learning_rate:g})"
+        )
+    rate = metrics["num_tokens"] / metrics["seconds"]
+    log.write(json.dumps({**metrics, "tokens_per_s": rate}) + "\n")
+    log.flush()
+
+
+def base_of(trial: dict[str, Any]) -> LanguageModel:
+    """The base model that a trial's order names, from this node."""
+    folder = local_model_dir(trial["model_dir"], trial["model"]["path"])
+    device = "cuda" if trial["use_gpu"] else "cpu"
+    return base_model(folder, trial["model"]["dtype"], device)
+
+
 def forget_base() -> None:
     """Drop the loaded base model, which a failed trial may have left with its LoRA."""
-    _base.cache_clear()
+    base_model.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
-def _base(folder: Path, dtype: str, device: str) -> LanguageModel:
+def base_model(folder: Path, dtype: str, device: str) -> LanguageModel:
     """The base model; Tune runs the next trial in the same process, which finds it loaded."""
     return load_language_model(folder, choose_dtype(dtype, device), device)

@@ -12,8 +12,9 @@
               (4 H + 3 I) values per token of one pass
 
 A pass has (`micro_batch_size` or `batch_size`) rows of `max_titles` titles, of at most `max_tokens`
-tokens; a title is taken to have one token per 3 characters. On a GPU the main memory holds the
-process, with CUDA's 3 * 10^9 bytes, and the weights on their way.
+tokens; a title is taken to have one token per 3 characters. Domains that train
+together each have a LoRA, and share passes of up to `tokens_per_pass` tokens. On a GPU the main
+memory holds the process, with CUDA's 3 * 10^9 bytes, and the weights on their way.
 
 Measured with SmolLM2-135M in fp32 (peak of the process, GB, and this estimate with the titles'
 real number of tokens): 259 tokens a pass 1.97 (2.16), 1,441 tokens 5.65 (5.97), 527 tokens with the
@@ -106,6 +107,8 @@ def estimate_bytes(
     tokens_per_title: float,
     tokens_per_batch: int,
     num_listed: int,
+    num_domains: int = 1,
+    tokens_per_pass: int = 0,
 ) -> int:
     """Main memory of one trial's process, in bytes.
 
@@ -117,6 +120,8 @@ def estimate_bytes(
         tokens_per_title: mean over a domain's titles.
         tokens_per_batch: of the ranking of validation users.
         num_listed: candidates beside the target in an `instruct` prompt.
+        num_domains: whose LoRAs train in the process.
+        tokens_per_pass: that several domains may share.
     """
     width = 2 if dtype == "bfloat16" else 4
     weights = shape.num_parameters * width
@@ -130,7 +135,9 @@ def estimate_bytes(
     num_titles = setting.max_titles + (num_listed + 1 if setting.style == "instruct" else 0)
     row = min(setting.max_tokens, math.ceil(tokens_per_title * num_titles))
     tokens = (setting.micro_batch_size or setting.batch_size) * row
-    training = 16 * lora + tokens * num_layers * (20 * hidden + 10 * inner) * width
+    if num_domains > 1:
+        tokens = max(tokens, tokens_per_pass)
+    training = num_domains * 16 * lora + tokens * num_layers * (20 * hidden + 10 * inner) * width
     if setting.loss == "vocabulary":
         training += tokens * shape.vocabulary_size * 3 * 4
     ranking = adapted * width + tokens_per_batch * (4 * hidden + 3 * inner) * width

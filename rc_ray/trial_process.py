@@ -48,6 +48,23 @@ def run_trial(config: dict[str, Any]) -> None:
     tune.report({"failed": False, **metrics})
 
 
+def run_group(config: dict[str, Any]) -> None:
+    """Run several trials together; like `run_trial` it never raises.
+
+    Args:
+        config: `trial` is the path of the group's order, see `rc_ray.sweep_plan`.
+    """
+    from ray import tune
+
+    orders = [read_json(Path(path)) for path in read_json(Path(config["trial"]))["orders"]]
+    for order in orders:
+        begin(Path(order["folder"]))
+    from rc_ray.together import train_group
+
+    failed = train_group(orders)
+    tune.report({"failed": bool(failed), "num_failed": len(failed)})
+
+
 def begin(folder: Path) -> None:
     """Show that a trial has a process, and forget how it ended before."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,11 +74,16 @@ def begin(folder: Path) -> None:
 
 
 def fail(folder: Path, error: Exception) -> None:
-    """Write down why a trial failed, in one line; the trace goes into the worker's log."""
+    """Write down why a trial failed, and drop what it may have spoilt."""
     from rc_ray.trial import forget_base
 
-    traceback.print_exc()
     forget_base()
+    write_error(folder, error)
+
+
+def write_error(folder: Path, error: Exception) -> None:
+    """Write down in one line why a trial failed; the trace goes into the worker's log."""
+    traceback.print_exception(error)
     text = str(error).strip() or type(error).__name__
     if not isinstance(error, UserError):
         text = f"{type(error).__name__}: {text}"

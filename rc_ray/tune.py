@@ -26,11 +26,13 @@ from rc_ray.sweep_plan import (
     ERROR,
     STOPPED,
     Trial,
+    orders_in,
     pending,
     plan_trial,
     plan_trials,
     read_orders,
     trial_config,
+    write_groups,
     write_order,
 )
 from rc_ray.sweep_summary import write_summary
@@ -222,7 +224,7 @@ def _fit(
     from rc_ray.assets import model_dir
     from rc_ray.sweep import fit
     from rc_ray.sweep_view import SweepView
-    from rc_ray.trial_process import run_trial
+    from rc_ray.trial_process import run_group, run_trial
 
     config = experiment.tune
     model = model_dir(experiment.model.path, console.note)
@@ -234,6 +236,10 @@ def _fit(
     for trial in (trial for found in trials.values() for trial in found):
         order = trial_config(experiment, folder, trial, model, memory=request.memory)
         orders[trial.folder] = write_order(orders_dir, trial, order)
+    handed = [orders[trial.folder] for trial in left]
+    grouped = config.domains_per_trial > 1
+    if grouped:
+        handed = write_groups(orders_dir, left, config.domains_per_trial)
     scheduler, searcher = None, None
     if config.scheduler is not None and all(trial.scheduler is not None for trial in left):
         from rc_ray.halving import HalvingPerDomain
@@ -245,8 +251,11 @@ def _fit(
         inputs = {name: recipes.ingredient(experiment, name).inputs(folder) for name in trials}
         searcher = OptunaPerDomain(experiment, inputs, work, orders_dir, model, request.memory)
     num_trials = len(left) + to_ask
+    num_processes = len(handed) + to_ask
     console.note(
-        f"{num_trials} trial(s), {min(num_slots, num_trials)} at a time, each "
+        f"{num_trials} trial(s)"
+        + (f" in {num_processes} group(s)" if grouped else "")
+        + f", {min(num_slots, num_processes)} at a time, each "
         f"{resources_text(request.cpus, request.gpus, request.memory)}"
         + (f" on each of {request.num_workers} workers" if request.num_workers > 1 else "")
     )
@@ -254,8 +263,8 @@ def _fit(
     with view.shown():
         died = fit(
             work / ".tune" / _sweep_name(experiment, trials),
-            [orders[trial.folder] for trial in left],
-            run_trial,
+            handed,
+            run_group if grouped else run_trial,
             config,
             request,
             num_slots=num_slots,
@@ -264,7 +273,11 @@ def _fit(
             num_samples=num_trials if to_ask else 1,
             note=console.note,
         )
-    problems = {Path(artifacts.read_json(order)["folder"]): why for order, why in died.items()}
+    problems = {
+        Path(artifacts.read_json(order)["folder"]): why
+        for path, why in died.items()
+        for order in orders_in(path)
+    }
     for _, order in read_orders(orders_dir):
         error = Path(order["folder"]) / ERROR
         if error.exists():
@@ -311,6 +324,8 @@ def _request(
                 tokens_per_title=titles,
                 tokens_per_batch=experiment.evaluate.tokens_per_batch,
                 num_listed=experiment.data.num_negatives,
+                num_domains=config.domains_per_trial,
+                tokens_per_pass=config.tokens_per_pass,
             )
             for setting in {*(trial.setting for trial in left), *asked}
         )

@@ -17,7 +17,7 @@ from pydantic import (
 
 from rc_ray.data_config import Section
 from rc_ray.search_space import SearchSpace, apply_point, read_space
-from rc_ray.training_config import DeepSpeedConfig, LoraConfig, TrainingConfig
+from rc_ray.training_config import EXECUTION_FIELDS, DeepSpeedConfig, LoraConfig, TrainingConfig
 
 _FORM_FIELDS = ("style", "loss", "prior_in_loss")
 """What decides the form of the prompts and the likelihood that an adapter learns."""
@@ -70,6 +70,11 @@ class TuneConfig(TrainingConfig):
     memory per trial are then those of each worker."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Of trials with several workers."""
+    domains_per_trial: PositiveInt = 1
+    """Domains of one setting whose LoRAs train in one process on one copy of the base, with the
+    resources of one trial. Changes memory and speed, not the result."""
+    tokens_per_pass: PositiveInt = 2048
+    """Tokens up to which such domains share a forward pass; a domain's own batch may be larger."""
     max_concurrent_trials: PositiveInt | None = None
     """Null: as many as the cluster has resources for."""
     checkpoint_every: PositiveInt = 50
@@ -87,8 +92,8 @@ class TuneConfig(TrainingConfig):
                     f"`search` names `{key}`, which says how trials are judged: set it beside "
                     "`search`, for all trials alike"
                 )
-            if key == "micro_batch_size":
-                raise ValueError("`micro_batch_size` shapes no result: set it beside `search`")
+            if key in EXECUTION_FIELDS:
+                raise ValueError(f"`{key}` shapes no result: set it beside `search`")
         space = self.space
         if self.num_samples is not None and not space.distributions:
             raise ValueError(
@@ -109,7 +114,28 @@ class TuneConfig(TrainingConfig):
             self._check_workers(settings)
         if self.scheduler is not None:
             self._check_scheduler(self.scheduler, settings)
+        if self.domains_per_trial > 1:
+            self._check_together(settings)
         return self
+
+    def _check_together(self, settings: tuple[TrainingConfig, ...]) -> None:
+        apart = "; set `domains_per_trial` to 1, or"
+        if self.num_workers > 1:
+            raise ValueError(
+                "domains train together in one process, `num_workers` gives each trial several"
+                f"{apart} `num_workers` to 1"
+            )
+        if self.scheduler is not None or self.search_algorithm != "random":
+            field = "scheduler" if self.scheduler is not None else "search_algorithm: optuna"
+            raise ValueError(
+                f"`{field}` judges each trial by itself, domains that train together have one"
+                f"{apart} leave it out"
+            )
+        if any(setting.lora.dropout for setting in settings):
+            raise ValueError(
+                "dropout would tie together what domains learn side by side"
+                f"{apart} `lora.dropout` to 0"
+            )
 
     def _check_optuna(self, space: SearchSpace) -> None:
         if not space.distributions:

@@ -46,7 +46,7 @@ def test_another_validation_trains_nothing(
     (trial,) = plan(experiment)
     assert train(experiment, trial)["num_valid_users"] == 3
     assert trial.is_finished
-    assert not trials._base(Path(experiment.model.path), "float32", "cpu").model.training
+    assert not trials.base_model(Path(experiment.model.path), "float32", "cpu").model.training
 
     more = with_tune(experiment, num_valid_users=5)
     (again,) = plan(more)

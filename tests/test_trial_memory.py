@@ -11,8 +11,11 @@ from rc_ray.training_config import TrainingConfig
 from rc_ray.trial_memory import BaseShape, estimate_bytes, read_shape, tokens_per_title
 from tests.tiny import ADJECTIVES, NOUNS, make_domain, make_model
 
+TOGETHER = {"num_domains", "tokens_per_pass"}
+
 
 def estimate(shape: BaseShape, dtype: str = "float32", *, gpu: bool = False, **fields: int) -> int:
+    together = {name: fields.pop(name) for name in TOGETHER & fields.keys()}
     setting = TrainingConfig.model_validate({"lora": {"rank": 2, "first_layer": 1}, **fields})
     return estimate_bytes(
         shape,
@@ -22,6 +25,7 @@ def estimate(shape: BaseShape, dtype: str = "float32", *, gpu: bool = False, **f
         tokens_per_title=12.0,
         tokens_per_batch=0,
         num_listed=9,
+        **together,
     )
 
 
@@ -41,6 +45,10 @@ def test_the_formula_by_hand() -> None:
     expected = 700_000_000 + 1000 * 4 + 680 * 16 + 240 * 2 * 400 * 4
     assert estimate(shape, batch_size=4, max_titles=5) == expected
     assert estimate(shape, batch_size=8, micro_batch_size=4, max_titles=5) == expected
+    # Three domains: three LoRAs; a pass of their own 240 tokens, or of 1000 that they share.
+    expected = 700_000_000 + 1000 * 4 + 3 * 680 * 16 + 1000 * 2 * 400 * 4
+    together = {"num_domains": 3, "tokens_per_pass": 1000}
+    assert estimate(shape, batch_size=4, max_titles=5, **together) == expected
     half = 700_000_000 + 1000 * 2 + 680 * 16 + 240 * 2 * 400 * 2
     assert estimate(shape, "bfloat16", batch_size=4, max_titles=5) == half
     assert estimate(shape, "bfloat16", gpu=True) == 3_000_000_000 + 2000

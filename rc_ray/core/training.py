@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rc_ray.core.batches import Batch, Example, count_targets, pack
 from rc_ray.core.domains import Domain
-from rc_ray.core.model import decoder_hidden, output_rows
+from rc_ray.core.model import base_of, checkpoint_activations, decoder_hidden, output_rows
+from rc_ray.core.packed_attention import fits_window, install_packed_attention
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.trie import CatalogueTrie
 from rc_ray.training_config import TrainingConfig
@@ -210,7 +212,7 @@ class TrainingModule(nn.Module):
     """A LoRA model whose forward pass is the loss of a batch.
 
     Args:
-        model: the trainable model.
+        model: the trainable model; a bare one where something else trains it.
         tries: by catalogue.
         config: which loss.
         world_size: workers whose gradients the engine averages.
@@ -218,7 +220,7 @@ class TrainingModule(nn.Module):
 
     def __init__(
         self,
-        model: PeftModel,
+        model: PeftModel | PreTrainedModel,
         tries: Mapping[str, CatalogueTrie],
         config: TrainingConfig,
         world_size: int = 1,
@@ -227,6 +229,8 @@ class TrainingModule(nn.Module):
         self.model = model
         self.config = config
         self.world_size = world_size
+        checkpoint_activations(model, config.activation_checkpointing)
+        self.is_packed = install_packed_attention(base_of(model))
         self.tries = dict(tries)
         # Frozen rows are copied once: the projection then costs the catalogue's tokens only, and
         # ZeRO-3 need not gather the whole vocabulary at every step.
@@ -239,10 +243,20 @@ class TrainingModule(nn.Module):
 
         Multiplied by the number of workers, since engines average gradients over them.
         """
-        hidden = decoder_hidden(self.model, batch.input_ids, batch.position_ids, batch.mask)
+        if self.is_packed and fits_window(base_of(self.model), batch.lengths):
+            batch = batch.flattened()
+            hidden = decoder_hidden(
+                self.model, batch.input_ids, batch.position_ids, lengths=batch.lengths
+            )
+        else:
+            hidden = decoder_hidden(self.model, batch.input_ids, batch.position_ids, batch.mask)
+        return self.loss(hidden, batch)
+
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The same from the last hidden states of the batch's rows, (B, T, H)."""
         flat = hidden.reshape(-1, hidden.shape[-1])  # (B * T, H)
         if self.config.loss == "vocabulary":
-            base = self.model.get_base_model()
+            base = base_of(self.model)
             logits = base.get_output_embeddings()(flat[batch.token_positions])  # (Y, vocabulary)
             total = nn.functional.cross_entropy(
                 logits.float(), batch.token_targets, reduction="sum"
@@ -288,8 +302,11 @@ class TorchEngine:
 
     def step(self) -> None:
         self._num_calls += 1
-        if self._num_calls % self.num_parts:
-            return
+        if self._num_calls % self.num_parts == 0:
+            self.update()
+
+    def update(self) -> None:
+        """Act on the gradients as they are."""
         nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
