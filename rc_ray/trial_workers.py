@@ -7,11 +7,12 @@ cannot keep those workers from starting.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from rc_ray.core.adapters import load_adapter
+from rc_ray.checkpoints import CheckpointStore, read_state
+from rc_ray.core.adapters import load_adapter, save_adapter
+from rc_ray.curves import write_metrics
 from rc_ray.errors import UserError
 from rc_ray.training_config import TrainConfig, TrainingConfig
 from rc_ray.trial import WORKERS, train_ingredient
@@ -77,6 +78,8 @@ def _train(trial: dict[str, Any], folder: Path) -> None:
     resources = {"CPU": trial["num_cpus"], "memory": trial["memory"]}
     if trial["use_gpu"]:
         resources["GPU"] = trial["num_gpus"]
+    storage, run_name = str(folder / WORKERS), trial["training_fingerprint"][:16]
+    Path(storage).mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -86,6 +89,8 @@ def _train(trial: dict[str, Any], folder: Path) -> None:
             "model": trial["model"],
             "model_dir": trial["model_dir"],
             "domain_dirs": [trial["domain_dir"]],
+            "storage": storage,
+            "run_name": run_name,
         },
         scaling_config=ScalingConfig(
             num_workers=trial["num_workers"],
@@ -94,8 +99,8 @@ def _train(trial: dict[str, Any], folder: Path) -> None:
         ),
         torch_config=TorchConfig(backend="nccl" if trial["use_gpu"] else "gloo"),
         run_config=RunConfig(
-            name=trial["training_fingerprint"][:16],
-            storage_path=str(folder / WORKERS),
+            name=run_name,
+            storage_path=storage,
             failure_config=FailureConfig(max_failures=_MAX_FAILURES, controller_failure_limit=5),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=[_reporter(folder / "metrics.jsonl")],
@@ -111,12 +116,14 @@ def _train(trial: dict[str, Any], folder: Path) -> None:
     problem = (result.return_value or {}).get("error")
     if problem:
         raise UserError(problem.replace("`train.", "`tune."))
-    if result.checkpoint is None:
+    store = CheckpointStore(storage, run_name)
+    found = store.newest()
+    if found is None or found.name is None:
         raise UserError("its workers wrote no checkpoint")
-    with result.checkpoint.as_directory() as checkpoint:
-        best = Path(checkpoint) / "best"
-        source = best if best.is_dir() else Path(checkpoint) / "adapter"
-        shutil.copytree(source, folder / "adapter", dirs_exist_ok=True)
+    with store.fetched(found.name) as checkpoint:
+        state = read_state(checkpoint)
+    save_adapter(folder / "adapter", state.best.adapter or state.adapter, trial["model"]["path"])
+    write_metrics(folder / "metrics.jsonl", [dict(row) for row in state.rows])
 
 
 def _reporter(path: Path) -> Any:
