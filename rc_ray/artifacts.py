@@ -49,6 +49,11 @@ class RunFolder:
     def ingredient_dir(self, domain: str) -> Path:
         return self.root / "ingredients" / domain
 
+    @property
+    def sweep_path(self) -> Path:
+        """Of all domains' trials in one table; `.json` beside it is for programs."""
+        return self.root / "ingredients" / "sweep.md"
+
     def cocktail_dir(self, domain: str) -> Path:
         return self.root / "cocktails" / domain
 

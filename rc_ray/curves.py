@@ -10,12 +10,14 @@ from rc_ray.artifacts import write_text
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError
 from rc_ray.progress import JsonlTail
-from rc_ray.training_config import TrainingConfig
+from rc_ray.training_config import EXECUTION_FIELDS, TrainingConfig
 
 
 def shaping_config(training: TrainingConfig, experiment: Experiment) -> dict[str, Any]:
     """The settings that decide what a training run results in; those of its execution do not."""
-    fields = set(TrainingConfig.model_fields) - {"micro_batch_size"}
+    fields = set(TrainingConfig.model_fields) - set(EXECUTION_FIELDS)
+    if training.valid_every is None:
+        fields -= {"valid_every", "num_valid_histories", "patience"}
     shaping: dict[str, Any] = {
         "training": training.model_dump(mode="json", include=fields),
         "model": experiment.model.model_dump(mode="json"),
@@ -46,7 +48,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     last = rows[-max(1, len(rows) // 10) :]
     seconds = sum(row["seconds"] for row in rows)
     tokens = sum(row["num_tokens"] for row in rows)
+    best: dict[str, Any] = {}
+    validated = [row for row in rows if row.get("valid_loss") is not None]
+    if validated:
+        row = min(validated, key=lambda row: row["valid_loss"])
+        best = {"best_valid_loss": row["valid_loss"], "best_num_steps": row["step"] + 1}
     return {
+        **best,
         "final_loss": sum(row["loss"] for row in last) / len(last),
         "num_steps": rows[-1]["step"] + 1,
         "seconds": round(seconds, 3),

@@ -1,27 +1,26 @@
 """One process that trains a LoRA: build its engine, step, save, resume. Shared by train and tune.
 
-With DeepSpeed every rank is one `Learner`; with `TorchEngine` there is one. DeepSpeed is imported
-when it is asked for: trials, tests and tools that do not train with it never pay for it.
+With DeepSpeed every rank is one `Learner`; with `TorchEngine` there is one.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
-from rc_ray.artifacts import read_json, write_json
+from rc_ray import zero
 from rc_ray.assets import model_dir
-from rc_ray.core.adapters import Adapter, LoraPair, load_adapter, save_adapter
+from rc_ray.checkpoints import TrainingState, check_model, model_shape, read_state, write_state
+from rc_ray.core.adapters import Adapter, LoraPair
 from rc_ray.core.domains import Domain
+from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.model import LanguageModel, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import (
@@ -34,11 +33,9 @@ from rc_ray.core.training import (
     make_schedule,
     train_steps,
 )
-from rc_ray.errors import ArtifactError, ConfigError
+from rc_ray.core.validation import BestSoFar, HeldOutTitles
+from rc_ray.errors import ArtifactError
 from rc_ray.training_config import DeepSpeedConfig, TrainingConfig
-
-_STATE = "state.json"
-_TORCH_STATE = "optimizer.pt"
 
 
 def prepare_process(num_cpus: float) -> None:
@@ -56,53 +53,6 @@ def local_model_dir(driver_dir: str, path: str) -> Path:
     return folder if (folder / "config.json").exists() else model_dir(path)
 
 
-def load_deepspeed(*, use_gpu: bool) -> Any:
-    """Import DeepSpeed, on the processor without compiling anything.
-
-    Raises:
-        ConfigError: DeepSpeed is not installed.
-    """
-    if not use_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    try:
-        import deepspeed
-        import deepspeed.ops
-    except ImportError as error:
-        raise ConfigError(
-            f"`train.engine: deepspeed` needs DeepSpeed ({error}); install it or set "
-            "`train.engine: torch` with one worker"
-        ) from None
-    if not use_gpu:
-        # Its shared-memory all-reduce would be compiled with g++ for half a minute at first use;
-        # gloo gives the same sums.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def deepspeed_settings(
-    settings: DeepSpeedConfig, config: TrainingConfig, *, dtype: torch.dtype, world_size: int
-) -> dict[str, Any]:
-    """DeepSpeed's own configuration for a LoRA run."""
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if settings.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu"}
-        if settings.zero_stage == 3:
-            zero["offload_param"] = {"device": "cpu"}
-    num_parts = config.num_parts(world_size)
-    return {
-        "train_micro_batch_size_per_gpu": config.batch_size // world_size // num_parts,
-        "gradient_accumulation_steps": num_parts,
-        "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": zero,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        # torch's AdamW: DeepSpeed's own is compiled at first use, and LoRA's states are small.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-    }
-
-
 @dataclass
 class Learner:
     """One worker's share of a training run; see `build_learner`."""
@@ -114,20 +64,27 @@ class Learner:
     plan: TrainingPlan
     device: torch.device
     base_name: str
-    kind: str
-    """Engine, sharding and precision; an optimiser state is of use to the same kind alone."""
-    deepspeed: Any = None
     rank: int = 0
     world_size: int = 1
     start_step: int = 0
     """Steps that a loaded checkpoint had done."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of steps done, where the checkpoint had them; `save` writes them."""
     note: str | None = None
-    """What a person should know about how the run was resumed."""
+    """What a person should know about how the run goes."""
+    held_out: HeldOutTitles | None = None
+    """What is validated on; None without validation."""
+    best: BestSoFar = field(default_factory=BestSoFar)
+    finished: bool = False
+    """Whether no step remains, by their number or by `patience`."""
 
     def steps(self) -> Iterator[StepMetrics]:
-        """Run the remaining steps."""
+        """Run the remaining steps, validating where the settings say so."""
+        config = self.plan.config
+        if self.finished:
+            return
         self.module.train()
-        return train_steps(
+        for metrics in train_steps(
             self.engine,
             self.plan,
             device=self.device,
@@ -135,51 +92,116 @@ class Learner:
             start_step=self.start_step,
             rank=self.rank,
             world_size=self.world_size,
-        )
+        ):
+            num_done = metrics["step"] + 1
+            self.finished = num_done == config.num_steps
+            due = self.finished or num_done % (config.valid_every or config.num_steps) == 0
+            if self.held_out is not None and due:
+                metrics["valid_loss"] = self._validate(self.held_out, num_done)
+                self.finished |= self.best.exhausted(config.patience)
+            yield metrics
+            if self.finished:
+                return
+
+    def _validate(self, held_out: HeldOutTitles, num_done: int) -> float:
+        """Validation loss, the same on every rank; a new best is remembered."""
+        self.module.eval()
+        share = held_out.loss(self.module, self.device, self.rank, self.world_size)
+        self.module.train()
+        (loss,) = sum_over_ranks([share], self.world_size, self.device)
+        if self.best.improves(loss):
+            self.best = BestSoFar(loss, num_done, adapter=self.adapter())
+        else:
+            self.best.num_since += 1
+        return loss
+
+    def result(self) -> Adapter:
+        """The adapter that the run is for: the best one, the last without validation.
+
+        Every rank must call.
+        """
+        return self.best.adapter or self.adapter()
 
     def adapter(self) -> Adapter:
-        """The LoRA as it is now, gathered over the workers: every rank must call.
+        """The LoRA as it is now in fp32, gathered over the workers: every rank must call.
 
         Raises:
             ArtifactError: a matrix does not have its layer's shape.
         """
-        trainable = [p for p in self.module.parameters() if p.requires_grad]
-        sharded = any(hasattr(parameter, "ds_id") for parameter in trainable)
-        with self.deepspeed.zero.GatheredParameters(trainable) if sharded else nullcontext():
-            return _read_adapter(self.peft_model)
+        modules = {}
+        for name, layer in lora_layers(self.peft_model).items():
+            a, b = (self._master(matrix) for matrix in _matrices(layer).values())
+            rank = int(layer.r["default"])
+            wanted = (rank, layer.in_features), (layer.out_features, rank)
+            if (tuple(a.shape), tuple(b.shape)) != wanted:
+                raise ArtifactError(
+                    f"layer {name}: LoRA matrices of shape {tuple(a.shape)} and {tuple(b.shape)}, "
+                    f"expected {wanted[0]} and {wanted[1]}"
+                )
+            modules[name] = LoraPair(a=a, b=b, scale=float(layer.scaling["default"]))
+        return Adapter(modules)
 
-    def save(self, folder: Path, num_steps_done: int) -> None:
-        """Write a checkpoint: every rank calls, with a folder of its own or a shared one.
+    def save(self, folder: Path | None, num_steps_done: int) -> None:
+        """Write a checkpoint that any engine and number of workers can go on from.
 
-        Rank 0 writes the adapter (in PEFT form) and what describes the checkpoint, every rank its
-        share of the optimiser state.
+        Every rank must call, after a step at least; rank 0 alone writes and needs the folder.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        adapter = self.adapter()
-        if self.rank == 0:
-            save_adapter(folder / "adapter", adapter, self.base_name)
-            write_json(
-                folder / _STATE,
-                {
-                    "num_steps_done": num_steps_done,
-                    "kind": self.kind,
-                    "world_size": self.world_size,
-                },
-            )
+        moments = {
+            f"{name}.{matrix}.{key}": self._moment(parameter, key)
+            for name, layer in lora_layers(self.peft_model).items()
+            for matrix, parameter in _matrices(layer).items()
+            for key in zero.MOMENTS
+        }
+        state = TrainingState(
+            num_steps_done=num_steps_done,
+            base_name=self.base_name,
+            base_shape=model_shape(self.peft_model.config),
+            adapter=self.adapter(),
+            moments=moments,
+            best=self.best,
+            finished=self.finished,
+            rows=self.rows,
+        )
+        if folder is not None and self.rank == 0:
+            write_state(folder, state)
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
         if isinstance(self.engine, TorchEngine):
-            state = {
-                "optimizer": self.engine.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-            }
-            torch.save(state, folder / _TORCH_STATE)
+            return parameter.detach().to("cpu", torch.float32, copy=True)
+        return zero.read_master(self.engine, parameter)
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if isinstance(self.engine, TorchEngine):
+            moment: Tensor = self.engine.optimizer.state[parameter][key]
+            return moment.detach().to("cpu", copy=True)
+        return zero.read_moment(self.engine, parameter, key)
+
+    def _resume(self, state: TrainingState, folder: Path) -> None:
+        """Take over what a checkpoint says about the optimiser; the weights are in place."""
+        written = []
+        for name, layer in lora_layers(self.peft_model).items():
+            for matrix, parameter in _matrices(layer).items():
+                pair = state.adapter.modules[name]
+                keys = {key: f"{name}.{matrix}.{key}" for key in zero.MOMENTS}
+                lost = [full for full in keys.values() if full not in state.moments]
+                if lost:
+                    raise ArtifactError(f"{folder}: damaged checkpoint, no {lost[0]} in it")
+                moments = {key: state.moments[full] for key, full in keys.items()}
+                written.append((parameter, pair.a if matrix == "lora_A" else pair.b, moments))
+        if isinstance(self.engine, TorchEngine):
+            for parameter, _, moments in written:
+                self.engine.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state.num_steps_done)),
+                    **{key: tensor.to(parameter.device) for key, tensor in moments.items()},
+                }
         else:
-            engine: Any = self.engine
-            engine.save_checkpoint(
-                str(folder / "deepspeed"),
-                tag="last",
-                client_state={"num_steps_done": num_steps_done},
-                exclude_frozen_parameters=True,
-            )
+            zero.write_back(self.engine, written, state.num_steps_done)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no optimiser step came before: it did, once
+            for _ in range(state.num_steps_done):
+                self.schedule.step()
+        self.start_step, self.finished = state.num_steps_done, state.finished
+        self.best, self.rows = state.best, [dict(row) for row in state.rows]
 
 
 def build_learner(
@@ -207,42 +229,36 @@ def build_learner(
         deepspeed: settings; None trains with `TorchEngine`.
         rank: of this worker.
         world_size: number of workers; above 1 `torch.distributed` must be up.
-        checkpoint: folder that `Learner.save` wrote, to go on from. The optimiser state is used if
-            the engine and the number of workers are the same, else the weights alone.
+        checkpoint: folder that `Learner.save` wrote, under whatever engine and number of workers,
+            to go on from.
 
     Raises:
-        ArtifactError: the checkpoint is damaged.
+        ArtifactError: the checkpoint is damaged, or of another model.
         ValueError: the LoRA does not fit the model, or there is nothing to train on.
     """
     renderer = PromptRenderer(lm.tokenizer, config.style)
     plan = TrainingPlan(domains, renderer, config, seed, num_listed=num_listed)
-    precision = str(lm.dtype).removeprefix("torch.")
-    sharding = "torch"
-    if deepspeed is not None:
-        offloaded = " offloaded" if deepspeed.offload == "cpu" else ""
-        sharding = f"deepspeed zero-{deepspeed.zero_stage}{offloaded}"
-    kind = f"{sharding} in {precision}"
-    peft_model = with_lora(lm.model, config.lora, seed)
-    start_step, note, full = 0, None, False
+    note = None
+    held_out = HeldOutTitles(plan, config.num_valid_histories) if config.valid_every else None
+    if held_out is not None and not len(held_out):
+        held_out, note = None, "no domain has a validation user: trains without validation"
+    state = None
     if checkpoint is not None:
-        state = read_json(checkpoint / _STATE)
-        start_step = int(state["num_steps_done"])
-        full = (state["kind"], state["world_size"]) == (kind, world_size)
-        _write_adapter(peft_model, load_adapter(checkpoint / "adapter"), checkpoint / "adapter")
-        if not full and start_step < config.num_steps:
-            note = (
-                f"resumed at step {start_step} with the weights alone: the optimiser state is of "
-                f"{state['world_size']} worker(s) with {state['kind']}, this run has {world_size} "
-                f"with {kind}"
-            )
-    module = TrainingModule(peft_model, plan.tries, config, world_size).to(lm.device)
-    library = None
+        state = read_state(checkpoint)
+        check_model(vars(state), base_name, model_shape(lm.model.config))
+    peft_model = with_lora(lm.model, config.lora, seed)
+    if state is not None and checkpoint is not None:
+        _write_adapter(peft_model, state.adapter, checkpoint)
+    if deepspeed is None or deepspeed.zero_stage < 3:  # stage 3 gathers weights module by module
+        fuse_lora(peft_model)
+    with zero.gathered(_output_weights(lm)):
+        module = TrainingModule(peft_model, plan.tries, config, world_size).to(lm.device)
     engine: Engine
     if deepspeed is None:
         engine = TorchEngine(module, config)
         schedule = engine.schedule
     else:
-        library = load_deepspeed(use_gpu=lm.device.type == "cuda")
+        library = zero.load_deepspeed(use_gpu=lm.device.type == "cuda")
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = make_optimizer(parameters, config)
         schedule = make_schedule(optimizer, config)
@@ -250,9 +266,12 @@ def build_learner(
             model=module,
             optimizer=optimizer,
             lr_scheduler=schedule,
-            config=deepspeed_settings(deepspeed, config, dtype=lm.dtype, world_size=world_size),
+            config=zero.deepspeed_settings(
+                deepspeed, config, dtype=lm.dtype, world_size=world_size
+            ),
             dist_init_required=False,
         )
+        zero.start_clean(engine)
     learner = Learner(
         peft_model=peft_model,
         engine=engine,
@@ -261,22 +280,23 @@ def build_learner(
         plan=plan,
         device=lm.device,
         base_name=base_name,
-        kind=kind,
-        deepspeed=library,
         rank=rank,
         world_size=world_size,
-        start_step=start_step,
         note=note,
+        held_out=held_out,
     )
-    if checkpoint is not None:
-        if full:
-            _load_optimizer(learner, checkpoint)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that no optimiser step came before: it did, once
-                for _ in range(start_step):
-                    schedule.step()
+    if state is not None and checkpoint is not None:
+        learner._resume(state, checkpoint)
     return learner
+
+
+def sum_over_ranks(values: list[float], world_size: int, device: torch.device) -> list[float]:
+    """Element-wise sums over the workers, on every one of them."""
+    if world_size == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return [float(value) for value in total.tolist()]
 
 
 def check_trained(adapter: Adapter, folder: Path) -> None:
@@ -289,57 +309,34 @@ def check_trained(adapter: Adapter, folder: Path) -> None:
         raise ArtifactError(f"{folder}: every lora_B is zero; the run has trained nothing")
 
 
-def _load_optimizer(learner: Learner, checkpoint: Path) -> None:
-    try:
-        if isinstance(learner.engine, TorchEngine):
-            state = torch.load(
-                checkpoint / _TORCH_STATE, map_location=learner.device, weights_only=True
-            )
-            learner.engine.optimizer.load_state_dict(state["optimizer"])
-            learner.schedule.load_state_dict(state["schedule"])
-            return
-        engine: Any = learner.engine
-        path, _ = engine.load_checkpoint(
-            str(checkpoint / "deepspeed"), tag="last", load_module_strict=False
-        )
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError) as error:
-        raise ArtifactError(
-            f"{checkpoint}: damaged checkpoint ({error}); run the stage again with --force"
-        ) from error
-    if path is None:
-        raise ArtifactError(f"{checkpoint}: no checkpoint of rank {learner.rank} in it")
+def lora_layers(peft_model: PeftModel) -> dict[str, Any]:
+    """The adapted layers by name, in an order that is the same on every worker."""
+    layers = peft_model.get_base_model().named_modules()
+    return {name: layer for name, layer in sorted(layers) if hasattr(layer, "lora_A")}
 
 
-def _read_adapter(peft_model: PeftModel) -> Adapter:
-    """Copy the LoRA matrices off a PEFT model, in fp32, checking each against its layer."""
-    modules = {}
-    state: dict[str, Tensor] = get_peft_model_state_dict(peft_model)
-    layers = dict(peft_model.get_base_model().named_modules())
-    for key in sorted(key for key in state if key.endswith(".lora_A.weight")):
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        a, b = state[key], state[key.replace(".lora_A.", ".lora_B.")]
-        layer: Any = layers[name]
-        rank = int(layer.r["default"])
-        wanted = (rank, layer.in_features), (layer.out_features, rank)
-        if (tuple(a.shape), tuple(b.shape)) != wanted:
-            raise ArtifactError(
-                f"layer {name}: LoRA matrices of shape {tuple(a.shape)} and {tuple(b.shape)}, "
-                f"expected {wanted[0]} and {wanted[1]}"
-            )
-        modules[name] = LoraPair(
-            a=a.detach().to("cpu", torch.float32, copy=True),
-            b=b.detach().to("cpu", torch.float32, copy=True),
-            scale=float(layer.scaling["default"]),
-        )
-    return Adapter(modules)
+def _matrices(layer: Any) -> dict[str, nn.Parameter]:
+    return {name: getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B")}
+
+
+def _output_weights(lm: LanguageModel) -> list[nn.Parameter]:
+    """What the catalogue's rows are copied from."""
+    return list(lm.model.get_output_embeddings().parameters())
 
 
 def _write_adapter(peft_model: PeftModel, adapter: Adapter, folder: Path) -> None:
-    layers = dict(peft_model.get_base_model().named_modules())
+    layers = lora_layers(peft_model)
+    differing = sorted(layers.keys() ^ adapter.modules.keys())
+    if differing:
+        raise ArtifactError(
+            f"{folder}: the checkpoint and this run differ in whether {differing[0]} is adapted"
+        )
     for name, pair in adapter.modules.items():
-        layer: Any = layers.get(name)
-        if not hasattr(layer, "lora_A"):
-            raise ArtifactError(f"{folder}: has a LoRA for {name}, which this run does not adapt")
-        with torch.no_grad():
-            layer.lora_A["default"].weight.copy_(pair.a)
-            layer.lora_B["default"].weight.copy_(pair.b)
+        for matrix, value in zip(_matrices(layers[name]).values(), (pair.a, pair.b), strict=True):
+            if matrix.shape != value.shape:
+                raise ArtifactError(
+                    f"{folder}: {name} has a LoRA matrix of shape {tuple(value.shape)}, this run "
+                    f"trains one of {tuple(matrix.shape)}"
+                )
+            with torch.no_grad():
+                matrix.copy_(value)

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -123,7 +124,7 @@ class TaskHandle:
             self._last_line = now
             left = ""
             if rate > 0 and not self._finished:
-                left = f"  {_duration((self._total - completed) / rate)} left"
+                left = f"  {duration((self._total - completed) / rate)} left"
             self._progress._line(
                 f"  {self._description}  {completed}/{self._total}  {details}{left}".rstrip()
             )
@@ -161,6 +162,22 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line, above the bars where there are any."""
         self._line(f"  {text}")
+
+    @contextmanager
+    def live(self, render: Callable[[], RenderableType]) -> Iterator[None]:
+        """Keep on a terminal, below the lines, what `render` gives; nothing elsewhere."""
+        if not self.is_terminal:
+            yield
+            return
+        self._stop_bars()
+        with Live(
+            get_renderable=render,
+            console=self._console,
+            refresh_per_second=2,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ):
+            yield
 
     def close(self) -> None:
         """Leave the terminal as it was; the console must not be used afterwards."""
@@ -228,7 +245,8 @@ def _rate(per_second: float) -> str:
     return f"{60 * per_second:.1f}/min"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`m:ss`, or `h:mm:ss`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -13,10 +13,28 @@ from rc_ray import __version__, artifacts
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import OF_THE_SPIRIT, Experiment, System
 from rc_ray.curves import shaping_config
+from rc_ray.training_config import EXECUTION_FIELDS
 
 _EXECUTION: dict[str, set[str]] = {
-    "train": {"num_workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size"},
-    "tune": {"max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "micro_batch_size"},
+    "train": {
+        "num_workers",
+        "min_workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        *EXECUTION_FIELDS,
+        "checkpoint_storage",
+    },
+    "tune": {
+        "max_concurrent_trials",
+        "cpus_per_trial",
+        "gpus_per_trial",
+        "memory_per_trial_gb",
+        "num_workers",
+        "deepspeed",
+        *EXECUTION_FIELDS,
+        "domains_per_trial",
+        "tokens_per_pass",
+    },
     "merge": {"cpus_per_task", "gpus_per_task", "micro_batch_size"},
     "evaluate": {"num_actors", "cpus_per_actor", "gpus_per_actor", "tokens_per_batch"},
 }
@@ -48,11 +66,23 @@ def spirit(experiment: Experiment) -> Recipe:
 
 
 def ingredient(experiment: Experiment, domain: str) -> Recipe:
-    trials = [
-        validated(shaping_config(setting, experiment), experiment)
-        for setting in experiment.tune.settings()
-    ]
-    return Recipe({"trials": trials}, (f"data/{domain}",))
+    config = experiment.tune
+    shaping: dict[str, Any]
+    if config.is_planned:
+        settings = config.settings()
+        shaping = {
+            "trials": [validated(shaping_config(one, experiment), experiment) for one in settings]
+        }
+    else:
+        shaping = {
+            **validated(shaping_config(config, experiment), experiment),
+            "search": config.model_dump(
+                mode="json", include={"search", "num_samples", "search_seed", "search_algorithm"}
+            ),
+        }
+    if config.scheduler is not None:
+        shaping["scheduler"] = config.scheduler.model_dump(mode="json")
+    return Recipe(shaping, (f"data/{domain}",))
 
 
 def validated(shaping: dict[str, Any], experiment: Experiment) -> dict[str, Any]:

@@ -72,13 +72,16 @@ def ray_session(
                 _copy_logs(session_dir / "logs", logs_dir / "ray")
 
 
-def require_resources(what: str, *, cpus: float, gpus: float = 0.0, count: int = 1) -> None:
+def require_resources(
+    what: str, *, cpus: float, gpus: float = 0.0, memory: float = 0.0, count: int = 1
+) -> None:
     """Refuse at once what Ray would wait for without end.
 
     Args:
         what: the fields that ask, e.g. "`train.num_workers` and `train.cpus_per_worker`".
         cpus: logical CPUs of each process.
         gpus: GPUs of each process; shares of one count.
+        memory: bytes of main memory of each process.
         count: processes that must run at the same time.
 
     Raises:
@@ -87,7 +90,7 @@ def require_resources(what: str, *, cpus: float, gpus: float = 0.0, count: int =
     import ray
     import ray._private.state
 
-    if num_fitting(cpus, gpus) >= count:
+    if num_fitting(cpus, gpus, memory) >= count:
         return
     num_nodes = len(_live_nodes())
     total = ray.cluster_resources()
@@ -95,10 +98,12 @@ def require_resources(what: str, *, cpus: float, gpus: float = 0.0, count: int =
     limits: dict[str, float] | None = (
         ray._private.state.state.get_max_resources_from_cluster_config()
     )
-    if limits is not None and _fitting(limits, cpus, gpus) >= count:
+    if limits is not None and _fitting(limits, cpus, gpus, memory) >= count:
         return
-    wanted = f"{count} x ({cpus:g} CPU" + (f", {gpus:g} GPU)" if gpus else ")")
+    wanted = f"{count} x ({resources_text(cpus, gpus, memory)})"
     there = f"{total.get('CPU', 0.0):g} CPU and {total.get('GPU', 0.0):g} GPU"
+    if memory:
+        there += f", {total.get('memory', 0.0) / 1e9:.1f} GB"
     nodes_text = f" on {num_nodes} nodes" if num_nodes > 1 else ""
     raise ConfigError(
         f"{what} ask for {wanted}, the cluster has {there}{nodes_text}; "
@@ -106,14 +111,23 @@ def require_resources(what: str, *, cpus: float, gpus: float = 0.0, count: int =
     )
 
 
-def num_fitting(cpus: float, gpus: float) -> int:
+def resources_text(cpus: float, gpus: float, memory: float = 0.0) -> str:
+    """`2 CPU, 0.5 GPU, 3.0 GB`, without what is not asked for."""
+    parts = [f"{cpus:g} CPU"]
+    parts += [f"{gpus:g} GPU"] if gpus else []
+    parts += [f"{memory / 1e9:.1f} GB"] if memory else []
+    return ", ".join(parts)
+
+
+def num_fitting(cpus: float, gpus: float, memory: float = 0.0) -> int:
     """How many processes of this size the live nodes hold together; none spans two nodes.
 
     Args:
         cpus: logical CPUs of each process.
         gpus: GPUs of each process; shares of one count.
+        memory: bytes of main memory of each process.
     """
-    return sum(_fitting(resources, cpus, gpus) for resources in _live_nodes())
+    return sum(_fitting(resources, cpus, gpus, memory) for resources in _live_nodes())
 
 
 def _live_nodes() -> list[dict[str, Any]]:
@@ -122,7 +136,7 @@ def _live_nodes() -> list[dict[str, Any]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _fitting(resources: dict[str, Any], cpus: float, gpus: float) -> int:
+def _fitting(resources: dict[str, Any], cpus: float, gpus: float, memory: float = 0.0) -> int:
     """How many processes of this size fit into one node's resources together."""
     fits = []
     if cpus > 0:
@@ -131,6 +145,8 @@ def _fitting(resources: dict[str, Any], cpus: float, gpus: float) -> int:
         fits.append(float(resources.get("GPU", 0.0)) / gpus)
     elif gpus > 0:  # a share of a GPU never spans two of them
         fits.append(float(resources.get("GPU", 0.0)) * int(1 / gpus + 1e-9))
+    if memory > 0:
+        fits.append(float(resources.get("memory", 0.0)) / memory)
     return int(min(fits) + 1e-9) if fits else sys.maxsize
 
 
@@ -152,6 +168,11 @@ def _set_environment(*, local: bool) -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "DEEPSPEED_LOG_LEVEL": "error",
+        # A sweep keeps its own records; Tune's books serve to go on after a killed driver.
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": "1",
+        "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
     }
     if local:
         # Without a token any process on the network could run code in this Ray.

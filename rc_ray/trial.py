@@ -1,4 +1,4 @@
-"""One trial of Ray Tune: train an ingredient in this process, rank validation, seal the folder."""
+"""One trial: train an ingredient in this process, rank validation, seal the folder."""
 
 from __future__ import annotations
 
@@ -6,73 +6,80 @@ import functools
 import json
 import math
 import shutil
-import traceback
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 
-from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, write_json, write_manifest
+from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, write_manifest
 from rc_ray.core.adapters import Adapter, check_adapter, load_adapter, save_adapter
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.metrics import ndcg, rank_targets
 from rc_ray.core.model import LanguageModel, choose_dtype, load_language_model
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
+from rc_ray.core.training import StepMetrics
 from rc_ray.curves import read_metrics, summary, write_metrics
 from rc_ray.engines import build_learner, check_trained, local_model_dir, prepare_process
 from rc_ray.errors import UserError
 from rc_ray.training_config import TrainingConfig
 
-_CHECKPOINT = ".checkpoint"
+WORKERS = ".workers"
+"""Where Ray Train keeps its books of a trial with several workers."""
+CHECKPOINT = ".checkpoint"
 """Hidden: no part of what the manifest seals."""
 _TRAINED = "training_fingerprint"
 
 
-def run_trial(config: dict[str, Any]) -> None:
-    """Ray Tune's trainable: never raises, so that only a dead process is tried again.
+class _Clock:
+    """Where a process's time went; Unix seconds of its start, seconds of its laps."""
 
-    What went wrong stands in `error.json` of the trial's folder.
-    """
-    from ray import tune
+    def __init__(self) -> None:
+        self.spent = {"started_at": time.time()}
+        self._last = time.perf_counter()
 
-    trial = config["trial"]
-    try:
-        metrics = train_ingredient(trial)
-    except Exception as error:
-        traceback.print_exc()  # into the worker's log
-        _base.cache_clear()  # it may still carry the LoRA
-        text = str(error).strip() or type(error).__name__
-        if not isinstance(error, UserError):
-            text = f"{type(error).__name__}: {text}"
-        write_json(Path(trial["folder"]) / "error.json", {"error": text.splitlines()[0]})
-        tune.report({"failed": True})
-        return
-    tune.report({"failed": False, **metrics})
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.spent[name] = round(now - self._last, 3)
+        self._last = now
 
 
-def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
+Report = Callable[[int, float], None]
+"""Takes the number of steps done and the validation loss after them."""
+
+
+def train_ingredient(
+    trial: dict[str, Any], report: Report | None = None, *, adapter: Adapter | None = None
+) -> dict[str, Any]:
     """Train from the last checkpoint on, rank the validation users, seal the folder.
 
     A folder that other validation settings have sealed is ranked anew without training.
 
     Args:
-        trial: what `rc_ray.tune` writes into the parameter space; all JSON-able.
+        trial: the trial's order; all JSON-able.
+        report: is told of every validation, and may end the thread.
+        adapter: the trained adapter, where others have trained it; its loss curve is in the folder.
 
     Returns:
         The manifest's metrics.
     """
+    clock = _Clock()
     folder = Path(trial["folder"])
     setting = TrainingConfig.model_validate(trial["setting"])
     prepare_process(trial["num_cpus"])
-    device = "cuda" if trial["use_gpu"] else "cpu"
-    folder_of_base = local_model_dir(trial["model_dir"], trial["model"]["path"])
-    lm = _base(folder_of_base, trial["model"]["dtype"], device)
+    lm = base_of(trial)
     domain = read_domain(Path(trial["domain_dir"]))
+    clock.lap("load_s")
     folder.mkdir(parents=True, exist_ok=True)
-    trained = _trained(trial, folder)
-    adapter = _train(trial, setting, lm, domain, folder) if trained is None else trained
+    sealed = sealed_adapter(trial, folder)
+    if sealed is not None:
+        adapter = sealed
+    elif adapter is None:
+        adapter = _train(trial, setting, lm, domain, folder, report)
+    clock.lap("train_s")
     check_adapter(adapter, folder)
     check_trained(adapter, folder)
     renderer = PromptRenderer(lm.tokenizer, setting.style)
@@ -93,14 +100,16 @@ def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
             seed=trial["seed"],
             with_prior=setting.learns_with_prior,
         )
+    clock.lap("rank_s")
     rows = read_metrics(folder / "metrics.jsonl")
-    if trained is None:
+    if sealed is None:
         save_adapter(folder / "adapter", adapter, trial["model"]["path"])
         write_metrics(folder / "metrics.jsonl", rows)
     metrics = {
         **summary(rows),
         "valid_ndcg": quality,
         "num_valid_users": num_users,
+        "spent": clock.spent,
         _TRAINED: trial["training_fingerprint"],
     }
     write_manifest(
@@ -112,7 +121,8 @@ def train_ingredient(trial: dict[str, Any]) -> dict[str, Any]:
         metrics=metrics,
     )
     # Only now: a kill before the manifest must not cost the training.
-    shutil.rmtree(folder / _CHECKPOINT, ignore_errors=True)
+    for name in (CHECKPOINT, WORKERS):
+        shutil.rmtree(folder / name, ignore_errors=True)
     return metrics
 
 
@@ -147,7 +157,7 @@ def validate(
     return float(np.mean(gains)), len(gains)
 
 
-def _trained(trial: dict[str, Any], folder: Path) -> Adapter | None:
+def sealed_adapter(trial: dict[str, Any], folder: Path) -> Adapter | None:
     """The adapter of a folder that was sealed after this very training."""
     if not (folder / MANIFEST).exists():
         return None
@@ -163,9 +173,10 @@ def _train(
     lm: LanguageModel,
     domain: Domain,
     folder: Path,
+    report: Report | None,
 ) -> Adapter:
     """Run the remaining steps; the base model is bare again afterwards."""
-    checkpoint = folder / _CHECKPOINT
+    checkpoint = folder / CHECKPOINT
     learner = build_learner(
         lm,
         [domain],
@@ -180,25 +191,49 @@ def _train(
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
             for metrics in learner.steps():
-                if not math.isfinite(metrics["loss"]):
-                    raise UserError(
-                        f"the loss is {metrics['loss']} at step {metrics['step']}; lower "
-                        f"`tune.learning_rate` ({setting.learning_rate:g})"
-                    )
-                rate = metrics["num_tokens"] / metrics["seconds"]
-                log.write(json.dumps({**metrics, "tokens_per_s": rate}) + "\n")
-                log.flush()
+                write_step(log, metrics, setting)
                 num_done = metrics["step"] + 1
-                if num_done % trial["checkpoint_every"] == 0 or num_done == setting.num_steps:
+                if num_done % trial["checkpoint_every"] == 0 or learner.finished:
                     with replaced_dir(checkpoint) as work:
                         learner.save(work, num_done)
-        return learner.adapter()
+                valid_loss = metrics.get("valid_loss")
+                if report is not None and valid_loss is not None and not learner.finished:
+                    report(num_done, valid_loss)
+        return learner.result()
     finally:
         learner.peft_model.unload()
         lm.model.eval()
 
 
+def write_step(log: TextIO, metrics: StepMetrics, setting: TrainingConfig) -> None:
+    """Append a step to the loss curve.
+
+    Raises:
+        UserError: its loss is not finite.
+    """
+    if not math.isfinite(metrics["loss"]):
+        raise UserError(
+            f"the loss is {metrics['loss']} at step {metrics['step']}; lower "
+            f"`tune.learning_rate` ({setting.learning_rate:g})"
+        )
+    rate = metrics["num_tokens"] / metrics["seconds"]
+    log.write(json.dumps({**metrics, "tokens_per_s": rate}) + "\n")
+    log.flush()
+
+
+def base_of(trial: dict[str, Any]) -> LanguageModel:
+    """The base model that a trial's order names, from this node."""
+    folder = local_model_dir(trial["model_dir"], trial["model"]["path"])
+    device = "cuda" if trial["use_gpu"] else "cpu"
+    return base_model(folder, trial["model"]["dtype"], device)
+
+
+def forget_base() -> None:
+    """Drop the loaded base model, which a failed trial may have left with its LoRA."""
+    base_model.cache_clear()
+
+
 @functools.lru_cache(maxsize=1)
-def _base(folder: Path, dtype: str, device: str) -> LanguageModel:
+def base_model(folder: Path, dtype: str, device: str) -> LanguageModel:
     """The base model; Tune runs the next trial in the same process, which finds it loaded."""
     return load_language_model(folder, choose_dtype(dtype, device), device)

@@ -7,54 +7,43 @@ imported inside the functions, after the session has set it up.
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING
 
 from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
-from rc_ray.curves import read_metrics, shaping_config, summary
+from rc_ray.curves import read_metrics
 from rc_ray.errors import ArtifactError, UserError
-from rc_ray.progress import JsonlTail, Progress, TaskHandle, polled
-from rc_ray.session import require_resources
+from rc_ray.progress import Progress
+from rc_ray.session import num_fitting, require_resources, resources_text
+from rc_ray.sweep_choice import IngredientsFailed, choose_trial
+from rc_ray.sweep_plan import (
+    ERROR,
+    STOPPED,
+    Trial,
+    orders_in,
+    pending,
+    plan_trial,
+    plan_trials,
+    read_orders,
+    trial_config,
+    write_groups,
+    write_order,
+)
+from rc_ray.sweep_summary import write_summary
 from rc_ray.training_config import TrainingConfig
+from rc_ray.trial_memory import estimate_bytes, read_shape, tokens_per_title
 
-_MAX_RESTARTS = 2
-"""Of a trial whose process died; an exception is final."""
+if TYPE_CHECKING:
+    from rc_ray.sweep import Request
 
-
-class IngredientsFailed(UserError):
-    """Some domains got no ingredient; the others are finished."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One setting on one domain."""
-
-    domain: str
-    setting: TrainingConfig
-    label: str
-    folder: Path
-    """Named after what shapes the training: another validation finds the trained adapter there."""
-    training_fingerprint: str
-    fingerprint: str
-    """Of training and validation."""
-    config: dict[str, Any]
-    inputs: dict[str, str]
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def is_finished(self) -> bool:
-        return artifacts.is_finished(self.folder, self.fingerprint)
+_MAX_LINES = 20
+"""Domains that are told one by one at the end."""
 
 
 def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Path:
@@ -68,7 +57,7 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         console: shows progress.
 
     Returns:
-        The folder with one PEFT LoRA folder per domain.
+        The folder with one PEFT LoRA folder per domain, and the sweep's summary.
 
     Raises:
         ConfigError: the cluster has no room for a single trial.
@@ -82,37 +71,53 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         shutil.rmtree(work, ignore_errors=True)
     failed: dict[str, str] = {}
     trials: dict[str, list[Trial]] = {}
+    up_to_date: list[str] = []
     for domain in experiment.data.ingredients:
         try:
-            found = plan_trials(experiment, folder, domain, work)
-            if not force and artifacts.is_finished(
-                folder.ingredient_dir(domain),
-                artifacts.fingerprint(
-                    config=recipes.ingredient(experiment, domain).config,
-                    seed=experiment.seed,
-                    inputs=found[0].inputs,
-                ),
-            ):
-                console.note(f"{folder.ingredient_dir(domain)} is up to date")
+            inputs = recipes.ingredient(experiment, domain).inputs(folder)
+            if not force and _is_up_to_date(experiment, folder, domain, inputs):
+                up_to_date.append(domain)
                 continue
-            trials[domain] = found
+            trials[domain] = _trials_of(experiment, folder, domain, work)
         except ArtifactError as error:
             failed[domain] = str(error)
-    pending = [trial for found in trials.values() for trial in found if not trial.is_finished]
-    problems = _fit(experiment, folder, work, pending, console) if pending else {}
+    if len(up_to_date) > _MAX_LINES:
+        console.note(f"{len(up_to_date)} ingredients in {target} are up to date")
+    else:
+        for domain in up_to_date:
+            console.note(f"{folder.ingredient_dir(domain)} is up to date")
+    start = time.monotonic()
+    before = _seconds_trained(trials)
+    num_slots, problems = _run_trials(experiment, folder, work, trials, console)
+    spent = {
+        "wall_s": round(time.monotonic() - start, 3),
+        "num_slots": num_slots,
+        "training_s": round(_seconds_trained(trials) - before, 3),
+    }
+    lines = []
     for domain, found in trials.items():
         try:
-            best = _choose(folder.ingredient_dir(domain), found, problems, experiment.seed, console)
+            recipe = recipes.ingredient(experiment, domain).config
+            best = choose_trial(
+                folder.ingredient_dir(domain), found, problems, experiment.seed, console, recipe
+            )
         except UserError as error:
             failed[domain] = str(error)
             continue
-        row = _result(best)
+        row = best.result
         ndcg = row["valid_ndcg"]
-        console.note(
+        lines.append(
             f"{domain}: loss {row['final_loss']:.3f}, "
             + ("no validation users" if ndcg is None else f"validation NDCG {ndcg:.3f}")
             + (f" with {best.label}" if len(found) > 1 else "")
         )
+    for line in lines[:_MAX_LINES]:
+        console.note(line)
+    if trials:
+        path = write_summary(experiment, folder, failed, spent)
+        if len(lines) > _MAX_LINES or len(lines) < sum(map(len, trials.values())):
+            more = len(lines) - _MAX_LINES
+            console.note(f"{f'{more} more domains' if more > 0 else 'all trials'}: {path}")
     if failed:
         raise IngredientsFailed(
             "\n".join(f"tune: no ingredient for {name}: {why}" for name, why in failed.items())
@@ -120,207 +125,230 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     return target
 
 
-def plan_trials(experiment: Experiment, folder: RunFolder, domain: str, work: Path) -> list[Trial]:
-    """The trials of one domain, one per point of the grid.
+def _is_up_to_date(
+    experiment: Experiment, folder: RunFolder, domain: str, inputs: Mapping[str, str]
+) -> bool:
+    wanted = artifacts.fingerprint(
+        config=recipes.ingredient(experiment, domain).config, seed=experiment.seed, inputs=inputs
+    )
+    return artifacts.is_finished(folder.ingredient_dir(domain), wanted)
 
-    Raises:
-        ArtifactError: the domain is not prepared.
-    """
+
+def _trials_of(experiment: Experiment, folder: RunFolder, domain: str, work: Path) -> list[Trial]:
+    """The planned trials of a domain, or those that Optuna has asked for so far."""
+    if experiment.tune.is_planned:
+        return plan_trials(experiment, folder, domain, work)
     inputs = recipes.ingredient(experiment, domain).inputs(folder)
-    trials = []
-    for setting in experiment.tune.settings():
-        shaping = shaping_config(setting, experiment)
-        config = recipes.validated(shaping, experiment)
-        training = artifacts.fingerprint(config=shaping, seed=experiment.seed, inputs=inputs)
-        trials.append(
-            Trial(
-                domain=domain,
-                setting=setting,
-                label=_label(setting, tuple(experiment.tune.search)),
-                folder=work / domain / training[:16],
-                training_fingerprint=training,
-                fingerprint=artifacts.fingerprint(
-                    config=config, seed=experiment.seed, inputs=inputs
-                ),
-                config=config,
-                inputs=inputs,
-            )
+    return [
+        plan_trial(
+            experiment, inputs, domain, work, TrainingConfig.model_validate(order["setting"])
         )
-    return trials
+        for _, order in read_orders(_orders_dir(experiment, work))
+        if order["domain"] == domain
+    ]
 
 
-def trial_config(
-    experiment: Experiment, folder: RunFolder, trial: Trial, model: Path
-) -> dict[str, Any]:
-    """What `rc_ray.trial` needs to run a trial, on any node."""
-    return {
-        "seed": experiment.seed,
-        "num_listed": experiment.data.num_negatives,
-        "model": experiment.model.model_dump(mode="json"),
-        "model_dir": str(model),
-        "num_cpus": experiment.tune.cpus_per_trial,
-        "use_gpu": experiment.tune.gpus_per_trial > 0,
-        "checkpoint_every": experiment.tune.checkpoint_every,
-        "num_valid_users": experiment.tune.num_valid_users,
-        "valid_max_titles": experiment.evaluate.max_titles,
-        "tokens_per_batch": experiment.evaluate.tokens_per_batch,
-        "setting": trial.setting.model_dump(mode="json"),
-        "domain_dir": str(folder.domain_dir(trial.domain)),
-        "folder": str(trial.folder),
-        "training_fingerprint": trial.training_fingerprint,
-        "config": trial.config,
-        "inputs": trial.inputs,
-    }
+def _orders_dir(experiment: Experiment, work: Path) -> Path:
+    """Where the orders of this search lie; those of another one are not mixed with them."""
+    recipe = recipes.ingredient(experiment, "").config
+    return work / ".orders" / artifacts.digest({"seed": experiment.seed, **recipe})[:16]
 
 
-def _label(setting: TrainingConfig, searched: tuple[str, ...]) -> str:
-    parts = []
-    for key in searched:
-        section, _, leaf = key.rpartition(".")
-        parts.append(f"{key}={getattr(setting.lora if section else setting, leaf)}")
-    return " ".join(parts)
+def _seconds_trained(trials: Mapping[str, list[Trial]]) -> float:
+    """Seconds inside optimiser steps that the trials' loss curves tell of."""
+    return sum(
+        float(row["seconds"])
+        for found in trials.values()
+        for trial in found
+        for row in read_metrics(trial.metrics_path)
+    )
+
+
+def _run_trials(
+    experiment: Experiment,
+    folder: RunFolder,
+    work: Path,
+    trials: dict[str, list[Trial]],
+    console: Progress,
+) -> tuple[int, dict[Path, str]]:
+    """Run what is left of the trials, adding to them what Optuna asks for on the way.
+
+    Returns:
+        How many run side by side, and trial folder -> what went wrong.
+    """
+    config = experiment.tune
+    left = pending(trial for found in trials.values() for trial in found)
+    to_ask = 0
+    if not config.is_planned:
+        to_ask = sum(max(0, (config.num_samples or 0) - len(found)) for found in trials.values())
+    num_slots = 0
+    problems: dict[Path, str] = {}
+    if left or to_ask:
+        num_slots, problems = _fit(experiment, folder, work, trials, left, console, to_ask=to_ask)
+    if not config.is_planned:
+        for domain in trials:
+            trials[domain] = _trials_of(experiment, folder, domain, work)
+    # A domain whose other trials failed: the best of those that were stopped runs to its end.
+    rescued = []
+    for found in trials.values():
+        stopped = [trial for trial in found if trial.is_stopped]
+        if stopped and not any(trial.is_finished for trial in found):
+            rescued.append(replace(min(stopped, key=_loss_when_stopped), scheduler=None))
+    if rescued:
+        console.note(f"{len(rescued)} stopped trial(s) go on: no other of the domain finished")
+        by_domain = {trial.domain: [trial] for trial in rescued}
+        slots, more = _fit(experiment, folder, work, by_domain, rescued, console)
+        num_slots, problems = max(num_slots, slots), {**problems, **more}
+    return num_slots, problems
+
+
+def _loss_when_stopped(trial: Trial) -> float:
+    return float(artifacts.read_json(trial.folder / STOPPED)["valid_loss"])
 
 
 def _fit(
     experiment: Experiment,
     folder: RunFolder,
     work: Path,
-    pending: list[Trial],
+    trials: Mapping[str, list[Trial]],
+    left: list[Trial],
     console: Progress,
-) -> dict[Path, str]:
-    """Run the trials; trial folder -> what went wrong."""
-    from ray import tune
+    *,
+    to_ask: int = 0,
+) -> tuple[int, dict[Path, str]]:
+    """Run the trials that are left, and `to_ask` more that Optuna chooses.
 
+    Returns:
+        How many run side by side, and trial folder -> what went wrong.
+    """
     from rc_ray.assets import model_dir
-    from rc_ray.trial import run_trial
+    from rc_ray.sweep import fit
+    from rc_ray.sweep_view import SweepView
+    from rc_ray.trial_process import run_group, run_trial
 
     config = experiment.tune
-    require_resources(
-        "`tune.cpus_per_trial` and `tune.gpus_per_trial`",
-        cpus=config.cpus_per_trial,
-        gpus=config.gpus_per_trial,
-    )
     model = model_dir(experiment.model.path, console.note)
-    space = [trial_config(experiment, folder, trial, model) for trial in pending]
-    for trial in pending:
-        (trial.folder / "error.json").unlink(missing_ok=True)
-    records = work / ".tune"  # Tune's own books; ours are the trial folders
-    shutil.rmtree(records, ignore_errors=True)
-    tuner = tune.Tuner(
-        tune.with_resources(
-            run_trial, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
-        ),
-        param_space={"trial": tune.grid_search(space)},
-        tune_config=tune.TuneConfig(
-            max_concurrent_trials=config.max_concurrent_trials,
-            reuse_actors=True,  # the base model stays loaded between trials
-        ),
-        run_config=tune.RunConfig(
-            name=".tune",
-            storage_path=str(work),
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=_MAX_RESTARTS),
-        ),
+    request = _request(experiment, folder, model, left, trials)
+    num_slots = _num_slots(experiment, request)
+    orders_dir = _orders_dir(experiment, work)
+    # Of all trials of these domains: what the finished ones showed decides whom ASHA stops.
+    orders = {}
+    for trial in (trial for found in trials.values() for trial in found):
+        order = trial_config(experiment, folder, trial, model, memory=request.memory)
+        orders[trial.folder] = write_order(orders_dir, trial, order)
+    handed = [orders[trial.folder] for trial in left]
+    grouped = config.domains_per_trial > 1
+    if grouped:
+        handed = write_groups(orders_dir, left, config.domains_per_trial)
+    scheduler, searcher = None, None
+    if config.scheduler is not None and all(trial.scheduler is not None for trial in left):
+        from rc_ray.halving import HalvingPerDomain
+
+        scheduler = HalvingPerDomain(orders_dir, config.scheduler.model_dump(mode="json"))
+    if to_ask:
+        from rc_ray.optuna_search import OptunaPerDomain
+
+        inputs = {name: recipes.ingredient(experiment, name).inputs(folder) for name in trials}
+        searcher = OptunaPerDomain(experiment, inputs, work, orders_dir, model, request.memory)
+    num_trials = len(left) + to_ask
+    num_processes = len(handed) + to_ask
+    console.note(
+        f"{num_trials} trial(s)"
+        + (f" in {num_processes} group(s)" if grouped else "")
+        + f", {min(num_slots, num_processes)} at a time, each "
+        f"{resources_text(request.cpus, request.gpus, request.memory)}"
+        + (f" on each of {request.num_workers} workers" if request.num_workers > 1 else "")
     )
-    console.note(f"{len(pending)} trial(s)")
-    with polled(_look(pending, console)):
-        results = tuner.fit()
-    problems = {}
-    for result in results:
-        if result.error is not None:
-            lines = str(result.error).strip().splitlines() or [type(result.error).__name__]
-            problems[Path(result.config["trial"]["folder"])] = lines[-1]
-    for trial in pending:
-        if (trial.folder / "error.json").exists():
-            problems[trial.folder] = artifacts.read_json(trial.folder / "error.json")["error"]
-    return problems
-
-
-def _look(pending: list[Trial], console: Progress) -> Any:
-    """A function that shows what the trials have written since its last call."""
-    tails = {trial.folder: JsonlTail(trial.metrics_path) for trial in pending}
-    tasks: dict[Path, TaskHandle] = {}
-
-    def look() -> None:
-        for trial in pending:
-            rows = [row for row in tails[trial.folder].read_new() if "step" in row]
-            if not rows:
-                continue
-            if trial.folder not in tasks:
-                name = f"{trial.domain} {trial.label}".strip()
-                tasks[trial.folder] = console.task(name, trial.setting.num_steps)
-            tasks[trial.folder].update(rows[-1]["step"] + 1, loss=rows[-1]["loss"])
-
-    return look
-
-
-def _result(trial: Trial) -> dict[str, Any]:
-    metrics: dict[str, Any] = artifacts.read_json(trial.folder / artifacts.MANIFEST)["metrics"]
-    return metrics
-
-
-def _choose(
-    target: Path, trials: list[Trial], problems: dict[Path, str], seed: int, console: Progress
-) -> Trial:
-    """Put the best trial's adapter in the ingredient's place, with the table of all trials."""
-    from rc_ray.core.adapters import check_adapter, load_adapter
-    from rc_ray.engines import check_trained
-
-    finished = [trial for trial in trials if trial.is_finished]
-    if not finished:
-        raise IngredientsFailed(
-            next((problems[t.folder] for t in trials if t.folder in problems), "no trial finished")
+    view = SweepView(console, orders_dir, [trial.folder for trial in left], num_trials, request)
+    with view.shown():
+        died = fit(
+            work / ".tune" / _sweep_name(experiment, trials),
+            handed,
+            run_group if grouped else run_trial,
+            config,
+            request,
+            num_slots=num_slots,
+            scheduler=scheduler,
+            searcher=searcher,
+            num_samples=num_trials if to_ask else 1,
+            note=console.note,
         )
-    for trial in trials:
-        if trial not in finished:
-            why = problems.get(trial.folder, "it did not finish")
-            console.note(f"{trial.domain}: the trial {trial.label} failed: {why}")
-    # Equal validation: the lower training loss, then the order of the grid.
-    best = max(finished, key=lambda t: (_result(t)["valid_ndcg"] or 0.0, -_result(t)["final_loss"]))
-    with artifacts.replaced_dir(target) as work:
-        shutil.copytree(best.folder / "adapter", work, dirs_exist_ok=True)
-        adapter = load_adapter(work)
-        check_adapter(adapter, target)
-        check_trained(adapter, target)
-        shutil.copyfile(best.metrics_path, work / "metrics.jsonl")
-        _write_trials(work / "trials.parquet", trials, best, problems)
-        artifacts.write_manifest(
-            work,
-            stage="tune",
-            config={"trials": [trial.config for trial in trials]},
-            seed=seed,
-            inputs=trials[0].inputs,
-            metrics={
-                **summary(read_metrics(best.metrics_path)),
-                **_result(best),
-                "num_failed": len(trials) - len(finished),
-            },
-        )
-    return best
+    problems = {
+        Path(artifacts.read_json(order)["folder"]): why
+        for path, why in died.items()
+        for order in orders_in(path)
+    }
+    for _, order in read_orders(orders_dir):
+        error = Path(order["folder"]) / ERROR
+        if error.exists():
+            problems[Path(order["folder"])] = artifacts.read_json(error)["error"]
+    return num_slots, problems
 
 
-def _write_trials(path: Path, trials: list[Trial], best: Trial, problems: dict[Path, str]) -> None:
-    rows = []
-    for trial in trials:
-        metrics = _result(trial) if trial.is_finished else {}
-        rows.append(
-            {
-                "setting": json.dumps(trial.config["training"], sort_keys=True),
-                "valid_ndcg": metrics.get("valid_ndcg"),
-                "final_loss": metrics.get("final_loss"),
-                "seconds": metrics.get("seconds"),
-                "chosen": trial is best,
-                "error": problems.get(trial.folder),
-            }
+def _sweep_name(experiment: Experiment, trials: Mapping[str, list[Trial]]) -> str:
+    """Of Tune's books: another search, other data or other resources are another sweep."""
+    planned = {
+        domain: [found[0].inputs if found else None, [trial.fingerprint for trial in found]]
+        if experiment.tune.is_planned
+        else None
+        for domain, found in trials.items()
+    }
+    judged = [trial.scheduler for found in trials.values() for trial in found][:1]
+    settings = experiment.tune.model_dump(mode="json")
+    return artifacts.digest([planned, judged, settings, experiment.seed, artifacts.METHOD])[:16]
+
+
+def _request(
+    experiment: Experiment,
+    folder: RunFolder,
+    model: Path,
+    left: Sequence[Trial],
+    domains: Iterable[str],
+) -> Request:
+    """What each process of a trial asks for; the largest setting and titles decide for all."""
+    from rc_ray.sweep import Request
+
+    config = experiment.tune
+    if config.memory_per_trial_gb is not None:
+        memory = int(config.memory_per_trial_gb * 1e9)
+    else:
+        shape = read_shape(model)
+        titles = tokens_per_title(folder.domain_dir(domain) for domain in domains)
+        asked = () if config.is_planned else config.settings()
+        memory = max(
+            estimate_bytes(
+                shape,
+                setting,
+                dtype=experiment.model.dtype,
+                use_gpu=config.gpus_per_trial > 0,
+                tokens_per_title=titles,
+                tokens_per_batch=experiment.evaluate.tokens_per_batch,
+                num_listed=experiment.data.num_negatives,
+                num_domains=config.domains_per_trial,
+                tokens_per_pass=config.tokens_per_pass,
+            )
+            for setting in {*(trial.setting for trial in left), *asked}
         )
-    schema = pa.schema(
-        [
-            ("setting", pa.string()),
-            ("valid_ndcg", pa.float64()),
-            ("final_loss", pa.float64()),
-            ("seconds", pa.float64()),
-            ("chosen", pa.bool_()),
-            ("error", pa.string()),
-        ]
+    return Request(config.cpus_per_trial, config.gpus_per_trial, memory, config.num_workers)
+
+
+def _num_slots(experiment: Experiment, request: Request) -> int:
+    """How many trials run side by side.
+
+    Raises:
+        ConfigError: not one fits.
+    """
+    config = experiment.tune
+    if config.memory_per_trial_gb is None:
+        memory_text = "the memory estimated for a trial (`tune.memory_per_trial_gb` overrules it)"
+    else:
+        memory_text = "`tune.memory_per_trial_gb`"
+    require_resources(
+        f"`tune.cpus_per_trial`, `tune.gpus_per_trial` and {memory_text}",
+        cpus=request.cpus,
+        gpus=request.gpus,
+        memory=request.memory,
+        count=request.num_workers,
     )
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    fitting = num_fitting(request.cpus, request.gpus, request.memory) // request.num_workers
+    return max(1, min(fitting, config.max_concurrent_trials or fitting))

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from rc_ray.checkpoints import CheckpointStore, Found
 from rc_ray.core.domains import read_domain
 from rc_ray.core.model import choose_dtype, load_language_model
-from rc_ray.engines import Learner, build_learner, local_model_dir, prepare_process
+from rc_ray.engines import Learner, build_learner, local_model_dir, prepare_process, sum_over_ranks
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.training_config import TrainConfig
+from rc_ray.zero import sharded_loading
 
 _REPORT_EVERY_S = 1.0
 
@@ -33,13 +35,17 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
         device = get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    checkpoint = ray.train.get_checkpoint()
+    store = CheckpointStore(settings["storage"], settings["run_name"])
+    # Not Ray's own record: the newest that is whole, whether or not Ray got to hear of it.
+    found: Found | None = _from_first(store.newest() if rank == 0 else None, world_size)
     with ExitStack() as stack:
-        folder = stack.enter_context(checkpoint.as_directory()) if checkpoint else None
+        name = found.name if found else None
+        folder = stack.enter_context(store.fetched(name)) if name else None
         learner, problem = _build(settings, config, device, rank, world_size, folder)
     if learner is None:
         return {"error": problem}
-    return _train(learner, config)
+    notes = [*(found.notes if found else ()), *([learner.note] if learner.note else [])]
+    return _train(learner, config, notes)
 
 
 def _build(
@@ -48,14 +54,14 @@ def _build(
     device: torch.device,
     rank: int,
     world_size: int,
-    checkpoint_dir: str | None,
+    checkpoint: Path | None,
 ) -> tuple[Learner | None, str | None]:
     """The learner, or what is wrong; every rank gets the same kind of answer."""
+    deepspeed = config.deepspeed if config.engine == "deepspeed" else None
     problem = None
     try:
         precision = _from_first(choose_dtype(settings["model"]["dtype"], device), world_size)
-        folder = local_model_dir(settings["model_dir"], settings["model"]["path"])
-        lm = load_language_model(folder, precision, device)
+        model_dir = local_model_dir(settings["model_dir"], settings["model"]["path"])
         domains = [read_domain(Path(path)) for path in settings["domain_dirs"]]
     except UserError as error:
         problem = str(error)
@@ -63,6 +69,11 @@ def _build(
     problem = _first_problem(problem, world_size)
     if problem is not None:
         return None, problem
+    # Under ZeRO-3 the ranks load together: one that fails ends the attempt for all.
+    with sharded_loading(
+        deepspeed, config, dtype=precision, world_size=world_size, use_gpu=device.type == "cuda"
+    ):
+        lm = load_language_model(model_dir, precision, device)
     try:
         learner = build_learner(
             lm,
@@ -71,27 +82,25 @@ def _build(
             seed=settings["seed"],
             num_listed=settings["num_listed"],
             base_name=settings["model"]["path"],
-            deepspeed=config.deepspeed if config.engine == "deepspeed" else None,
+            deepspeed=deepspeed,
             rank=rank,
             world_size=world_size,
-            checkpoint=Path(checkpoint_dir) if checkpoint_dir else None,
+            checkpoint=checkpoint,
         )
     except ArtifactError:
-        raise  # a damaged shard concerns one rank: a restart may find the checkpoint before it
+        raise  # what one rank cannot read, it may read after a restart
     except ValueError as error:
         return None, str(error)  # settings that no model or data could satisfy, on every rank
     return learner, None
 
 
-def _train(learner: Learner, config: TrainConfig) -> dict[str, Any]:
-    from ray.train import Checkpoint, report
-
-    rows: list[dict[str, Any]] = [{"note": learner.note}] if learner.note else []
+def _train(learner: Learner, config: TrainConfig, notes: list[str]) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = [{"note": note} for note in notes]
     last_report = time.monotonic()
     for metrics in learner.steps():
         step = metrics["step"]
         due = learner.rank == 0 and time.monotonic() - last_report > _REPORT_EVERY_S
-        loss, num_titles, num_tokens, num_due = _sum_over_ranks(
+        loss, num_titles, num_tokens, num_due = sum_over_ranks(
             [metrics["loss"], metrics["num_titles"], metrics["num_tokens"], float(due)],
             learner.world_size,
             learner.device,
@@ -101,36 +110,47 @@ def _train(learner: Learner, config: TrainConfig) -> dict[str, Any]:
                 "error": f"the loss is {loss} at step {step}; lower `train.learning_rate` "
                 f"({config.learning_rate:g})"
             }
-        rows.append(
-            {
-                "step": step,
-                "loss": loss,
-                "tokens_per_s": num_tokens / metrics["seconds"],
-                "learning_rate": metrics["learning_rate"],
-                "num_titles": int(num_titles),
-                "num_tokens": int(num_tokens),
-                "seconds": metrics["seconds"],
-            }
-        )
+        valid_loss = metrics.get("valid_loss")
+        row = {
+            "step": step,
+            "loss": loss,
+            "tokens_per_s": num_tokens / metrics["seconds"],
+            "learning_rate": metrics["learning_rate"],
+            "num_titles": int(num_titles),
+            "num_tokens": int(num_tokens),
+            "seconds": metrics["seconds"],
+            **({} if valid_loss is None else {"valid_loss": valid_loss}),
+        }
+        rows.append(row)
+        learner.rows.append(row)
         num_done = step + 1
-        if num_done % config.checkpoint_every == 0 or num_done == config.num_steps:
-            with tempfile.TemporaryDirectory() as folder:
-                learner.save(Path(folder), num_done)
-                report({"rows": rows}, checkpoint=Checkpoint.from_directory(folder))
+        if num_done % config.checkpoint_every == 0 or learner.finished:
+            _report(rows, _saved(learner, num_done))
         elif num_due:  # on every rank alike, as reports must be
-            report({"rows": rows})
+            _report(rows, None)
         else:
             continue
         rows, last_report = [], time.monotonic()
     return {}
 
 
-def _sum_over_ranks(values: list[float], world_size: int, device: torch.device) -> list[float]:
-    if world_size == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return [float(value) for value in total.tolist()]
+def _saved(learner: Learner, num_done: int) -> Path | None:
+    """A folder with a checkpoint, on rank 0; every rank must call."""
+    folder = Path(tempfile.mkdtemp(prefix="rc-ray-checkpoint-")) if learner.rank == 0 else None
+    learner.save(folder, num_done)
+    return folder
+
+
+def _report(rows: list[dict[str, Any]], folder: Path | None) -> None:
+    """Hand over to Ray, which uploads the folder beside the training and then removes it."""
+    from ray.train import Checkpoint, CheckpointUploadMode, report
+
+    report(
+        {"rows": rows},
+        checkpoint=Checkpoint.from_directory(folder) if folder else None,
+        # For reports without one too: they would wait for the uploads before them.
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+    )
 
 
 def _first_problem(problem: str | None, world_size: int) -> str | None:

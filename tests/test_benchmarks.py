@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pandas as pd
 import pytest
+import torch
 
+from rc_ray.config import Experiment
 from rc_ray.core.domains import Domain, RankingCase, read_domain
+from rc_ray.core.model import load_language_model
 from rc_ray.core.splits import PURPOSES, Purpose
+from rc_ray.training_config import LoraConfig, TrainingConfig
+from tests.tiny import make_model
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "jobs" / "benchmarks"
 NUM_ROWS, NUM_USERS, NUM_ITEMS = 3000, 150, 250
@@ -143,3 +149,53 @@ def test_candidates_are_the_target_and_items_never_met(with_ties: Prepared) -> N
             for user, (target, candidates) in lists.items():
                 assert len(set(candidates)) == len(candidates) == 20
                 assert {item_ids[item] for item in candidates} & met[user] == {item_ids[target]}
+
+
+def test_ingredients_together_in_turn_and_apart_are_the_same(
+    make_run: Callable[..., Experiment],
+) -> None:
+    experiment = make_run()
+    folders = [experiment.run_dir / "data" / name for name in ("lamps", "rivers", "tools")]
+    benchmark = load("many_ingredients")
+    config = TrainingConfig(num_steps=4, batch_size=4, max_titles=8, lora=LoraConfig(rank=2))
+    lm = load_language_model(experiment.model.path, torch.float32)
+    together, one = benchmark.train_together(lm, folders, config, 1000)
+    in_turn, other = benchmark.train_in_turn(lm, folders, config)
+    assert one["tokens"] == other["tokens"] > 0
+    assert together.keys() == in_turn.keys() == {"lamps", "rivers", "tools"}
+    for name, adapter in in_turn.items():
+        for layer, pair in adapter.modules.items():
+            assert pair.b.abs().max() > 1e-4
+            torch.testing.assert_close(together[name].modules[layer].a, pair.a, atol=1e-5, rtol=0)
+            torch.testing.assert_close(together[name].modules[layer].b, pair.b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_many_ingredients_runs(
+    make_run: Callable[..., Experiment], capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = make_run()
+    folders = [str(experiment.run_dir / "data" / name) for name in ("lamps", "tools")]
+    rows = load("many_ingredients").main(
+        [*folders, "--model", str(experiment.model.path), "--steps", "2", "--threads", "2"]
+    )
+    assert rows.keys() == {"together", "in-turn", "apart"}
+    assert len({row["tokens"] for row in rows.values()}) == 1
+    for row in rows.values():
+        assert row["difference"] < 1e-5
+        assert 0 < row["measured"] <= 1.2 * row["all_at_once"]
+    assert rows["in-turn"]["difference"] == 0.0
+    assert "together takes" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_slots_time_of_a_sweep_is_accounted_for(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    settings = "--trials 4 --domains 2 --steps 3 --valid-users 3 --first-layer 0".split()  # noqa: SIM905
+    found = load("sweep_overhead").main([str(tmp_path / "bench"), *settings, "--model", str(model)])
+    assert found["trials"] == 4
+    assert 0.0 < found["share"] < 1.0
+    parts = {key for key in found if key not in ("wall", "slots", "trials", "share")}
+    assert sum(found[key] for key in parts) == pytest.approx(found["slots"])
+    assert all(found[key] >= 0.0 for key in parts)

@@ -197,6 +197,8 @@ def finished(tmp_path: Path) -> Path:
         ("serve.port=9", ""),
         ("train.micro_batch_size=2", ""),
         ("tune.micro_batch_size=2", ""),
+        ("train.activation_checkpointing=true", ""),
+        ("tune.activation_checkpointing=true", ""),
         ("merge.micro_batch_size=1", ""),
         ("train.num_steps=9", "train merge evaluate report"),
         ("data.spirit=[lamps]", "train merge evaluate report"),

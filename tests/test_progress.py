@@ -82,10 +82,21 @@ def test_the_console_outlives_a_redirected_stdout() -> None:
     assert "swallowed" not in done.stdout + done.stderr
 
 
-def test_a_terminal_gets_a_live_bar() -> None:
+LIVE = """
+from rich.text import Text
+from rc_ray.progress import Progress
+with Progress() as console:
+    steps = iter(range(1000))
+    with console.live(lambda: Text(f"table after {next(steps)}")):
+        console.note("above the table")
+    console.note("below it")
+"""
+
+
+def on_a_terminal(program: str) -> str:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         stdout=theirs,
         stderr=theirs,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
@@ -102,7 +113,22 @@ def test_a_terminal_gets_a_live_bar() -> None:
         chunks.append(chunk)
     os.close(ours)
     assert process.wait(timeout=60) == 0
-    text = b"".join(chunks).decode()
+    return b"".join(chunks).decode()
+
+
+def test_a_terminal_gets_a_live_table_and_other_streams_do_not() -> None:
+    text = on_a_terminal(LIVE)
+    assert text.count("table after") >= 2
+    assert "above the table" in text
+    assert "\x1b[?25h" in text  # the cursor is back
+    done = subprocess.run(
+        [sys.executable, "-c", LIVE], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split("\n") == ["  above the table", "  below it", ""]
+
+
+def test_a_terminal_gets_a_live_bar() -> None:
+    text = on_a_terminal(PROGRAM)
     assert "\x1b[" in text
     assert "2/2" in text
     assert "loss 0.5" in text

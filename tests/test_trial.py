@@ -15,6 +15,7 @@ from rc_ray.config import Experiment
 from rc_ray.core.adapters import load_adapter, save_adapter
 from rc_ray.engines import Learner
 from rc_ray.merge import make_order
+from rc_ray.sweep_choice import choose_trial
 from tests.conftest import Factory, Screen
 from tests.core.test_model import random_adapter
 
@@ -45,7 +46,7 @@ def test_another_validation_trains_nothing(
     (trial,) = plan(experiment)
     assert train(experiment, trial)["num_valid_users"] == 3
     assert trial.is_finished
-    assert not trials._base(Path(experiment.model.path), "float32", "cpu").model.training
+    assert not trials.base_model(Path(experiment.model.path), "float32", "cpu").model.training
 
     more = with_tune(experiment, num_valid_users=5)
     (again,) = plan(more)
@@ -94,7 +95,7 @@ def test_failed_trials_are_told_and_counted(
     good, bad = plan(experiment)
     train(experiment, good)
     problems = {bad.folder: "the loss is nan"}
-    tune._choose(tmp_path / "tools", [good, bad], problems, 3, screen.console)
+    choose_trial(tmp_path / "tools", [good, bad], problems, 3, screen.console, {})
     assert "tools: the trial learning_rate=9.0 failed: the loss is nan" in screen.text
     manifest = artifacts.read_json(tmp_path / "tools" / artifacts.MANIFEST)
     assert manifest["metrics"]["num_failed"] == 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -51,6 +52,34 @@ def first_adapted_layer(adapters: Sequence[Adapter]) -> int:
             match = re.search(r"\.layers\.(\d+)\.", name)
             found.append(int(match.group(1)) if match else 0)
     return min(found, default=0)
+
+
+def adapter_of(peft_model: PeftModel) -> Adapter:
+    """Copy the LoRA matrices off a PEFT model, in fp32 on the processor.
+
+    Raises:
+        ArtifactError: a matrix does not have its layer's shape.
+    """
+    modules = {}
+    state: dict[str, Tensor] = get_peft_model_state_dict(peft_model)
+    layers = dict(peft_model.get_base_model().named_modules())
+    for key in sorted(key for key in state if key.endswith(".lora_A.weight")):
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        a, b = state[key], state[key.replace(".lora_A.", ".lora_B.")]
+        layer: Any = layers[name]
+        rank = int(layer.r["default"])
+        wanted = (rank, layer.in_features), (layer.out_features, rank)
+        if (tuple(a.shape), tuple(b.shape)) != wanted:
+            raise ArtifactError(
+                f"layer {name}: LoRA matrices of shape {tuple(a.shape)} and {tuple(b.shape)}, "
+                f"expected {wanted[0]} and {wanted[1]}"
+            )
+        modules[name] = LoraPair(
+            a=a.detach().to("cpu", torch.float32, copy=True),
+            b=b.detach().to("cpu", torch.float32, copy=True),
+            scale=float(layer.scaling["default"]),
+        )
+    return Adapter(modules)
 
 
 def save_adapter(folder: Path, adapter: Adapter, base_name: str) -> None:

@@ -1,6 +1,7 @@
 """Examples -> packed tensors: several histories in one row, each seeing only itself.
 
-Letters: B rows, T tokens, D trie decisions, Y supervised tokens.
+Letters: B rows, T tokens of a row, N tokens that are not padding, D trie decisions, Y supervised
+tokens.
 """
 
 from __future__ import annotations
@@ -59,8 +60,12 @@ class Batch:
     """(B, T)."""
     position_ids: Tensor | None
     """(B, T), or None where every row holds one example."""
-    mask: Tensor | None
-    """(B, 1, T, T) bool, or None for plain causal attention."""
+    segments: Tensor | None
+    """(B, T) number of the example within its row, -1 for padding; None as above."""
+    lengths: tuple[int, ...]
+    """Tokens of every example, row by row."""
+    places: Tensor
+    """(N,) index of their tokens into the flattened (B * T)."""
     decisions: Mapping[str, Decisions]
     """By catalogue."""
     token_positions: Tensor
@@ -76,13 +81,43 @@ class Batch:
     num_global_tokens: int = field(default=0)
     """Supervised tokens in the whole global batch."""
 
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, 1, T, T) bool, made anew at every call; None for plain causal attention."""
+        if self.segments is None:
+            return None
+        same = self.segments[:, :, None] == self.segments[:, None, :]
+        return same.tril()[:, None]
+
+    def flattened(self) -> Batch:
+        """The same examples one behind the other in one row, (1, N), without padding."""
+        device = self.input_ids.device
+        place_of = torch.zeros(self.input_ids.numel(), dtype=torch.long, device=device)
+        place_of[self.places] = torch.arange(len(self.places), device=device)
+        return replace(
+            self,
+            input_ids=self.input_ids.flatten()[self.places][None],
+            position_ids=torch.cat([torch.arange(n, device=device) for n in self.lengths])[None],
+            segments=torch.repeat_interleave(
+                torch.arange(len(self.lengths), device=device),
+                torch.tensor(self.lengths, device=device),
+            )[None],
+            places=torch.arange(len(self.places), device=device),
+            decisions={
+                name: replace(found, positions=place_of[found.positions])
+                for name, found in self.decisions.items()
+            },
+            token_positions=place_of[self.token_positions],
+        )
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return replace(
             self,
             input_ids=self.input_ids.to(device),
             position_ids=None if self.position_ids is None else self.position_ids.to(device),
-            mask=None if self.mask is None else self.mask.to(device),
+            segments=None if self.segments is None else self.segments.to(device),
+            places=self.places.to(device),
             decisions={name: d.to(device) for name, d in self.decisions.items()},
             token_positions=self.token_positions.to(device),
             token_targets=self.token_targets.to(device),
@@ -104,6 +139,8 @@ def pack(
     title_tokens: Mapping[str, Sequence[Sequence[int]]],
 ) -> Batch:
     """Pack examples into rows as long as the longest of them, first fit by falling length.
+
+    Where the model attends to each example by itself, `Batch.flattened` takes the rows' place.
 
     Args:
         examples: at least one.
@@ -153,18 +190,19 @@ def pack(
                     edges.append(edge)
                 removed += trie.taken_rows(visit_of, chosen, keep=(trie.leaf_of_item[item],))
                 chosen.append(item)
-                for depth, token in enumerate(title_tokens[example.catalogue][item]):
+                title = title_tokens[example.catalogue][item]
+                # A title that is shown cut short has no places for the rest of its tokens.
+                for depth, token in enumerate(title[: len(example.tokens) - start]):
                     token_positions.append(before + depth)
                     token_targets.append(token)
             offset = end
-    mask = None
-    if any(len(row) > 1 for row in rows):
-        same = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
-        mask = (same & torch.ones(capacity, capacity, dtype=torch.bool).tril())[:, None]
+    several = any(len(row) > 1 for row in rows)
     return Batch(
         input_ids=input_ids,
-        position_ids=position_ids if mask is not None else None,
-        mask=mask,
+        position_ids=position_ids if several else None,
+        segments=segments if several else None,
+        lengths=tuple(len(example.tokens) for row in rows for example in row),
+        places=(segments >= 0).flatten().nonzero().flatten(),
         decisions={
             name: Decisions(
                 positions=torch.tensor(positions, dtype=torch.long),

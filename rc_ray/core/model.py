@@ -8,6 +8,7 @@ Letters: B batch, T tokens, H hidden size, R rank, K adapters, L adapted linear 
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,16 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 from rc_ray.core.adapters import Adapter, first_line
@@ -208,11 +212,38 @@ def _decoder_part(
     return part
 
 
+def checkpoint_activations(model: nn.Module, enabled: bool) -> None:
+    """Let every decoder layer keep its input alone and compute the rest anew in the backward pass.
+
+    Transformers' own switch would make the embeddings ask for a gradient, and with them every
+    frozen layer below the first adapted one.
+
+    Raises:
+        ValueError: the model's layers do not support it.
+    """
+    for layer in _layers(base_of(model)):
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = enabled
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        elif enabled:
+            raise ValueError(
+                f"`activation_checkpointing`: {type(layer).__name__} cannot be computed anew; set "
+                "it to false and lower `micro_batch_size` instead"
+            )
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The causal LM itself, out of its PEFT model if it is in one."""
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
 def decoder_hidden(
     model: nn.Module,
     input_ids: Tensor,
     position_ids: Tensor | None = None,
     mask: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Hidden states before the output projection.
 
@@ -222,10 +253,19 @@ def decoder_hidden(
         position_ids: (B, T); None counts from 0.
         mask: (B, 1, T, T) bool, True where the row may look; None is plain causal attention,
             under which padding on the right needs no mask.
+        lengths: of the texts in the one row, instead of a mask; the model needs packed attention
+            (core/packed_attention.py).
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    output = base.get_decoder()(  # type: ignore[operator]
-        input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+    further: dict[str, Any] = {}
+    if lengths is not None:
+        # A mask of four axes is passed on unread; without one transformers would build its own.
+        mask, further = torch.empty(1, 1, 0, 0, device=input_ids.device), {"lengths": lengths}
+    output = base_of(model).get_decoder()(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=mask,
+        use_cache=False,
+        **further,
     )
     hidden: Tensor = output.last_hidden_state
     return hidden
@@ -233,8 +273,7 @@ def decoder_hidden(
 
 def output_rows(model: nn.Module, vocabulary_ids: Tensor) -> Tensor:
     """(V, H) rows of a causal LM's output projection, detached, in fp32."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    weight: Tensor = base.get_output_embeddings().weight  # type: ignore[operator]
+    weight: Tensor = base_of(model).get_output_embeddings().weight
     return weight.detach()[vocabulary_ids.to(weight.device)].float()
 
 
@@ -290,8 +329,24 @@ def _seconds_of(x: Tensor, y: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def with_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """Put a trainable LoRA, seeded, on a frozen model; its parameters are fp32.
+def model_without_weights(folder: Path | str) -> PreTrainedModel:
+    """The layers of a model with nothing in them, to see what a LoRA would find.
+
+    Raises:
+        ArtifactError: the folder is missing or its description is damaged.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def lora_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Names of the linear layers that a LoRA adapts.
 
     Raises:
         ValueError: a target module is not a linear layer of this model, or `first_layer` leaves
@@ -316,6 +371,17 @@ def with_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftMode
         raise ValueError(
             f"`lora.target_modules` names {', '.join(unknown)}; this model has {', '.join(known)}"
         )
+    return targets
+
+
+def with_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    """Put a trainable LoRA, seeded, on a frozen model; its parameters are fp32.
+
+    Raises:
+        ValueError: see `lora_targets`.
+    """
+    targets = lora_targets(model, config)
+    num_layers = int(model.config.num_hidden_layers)
     torch.manual_seed(seed)
     peft_config = PeftLoraConfig(
         task_type="CAUSAL_LM",

@@ -13,16 +13,18 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rc_ray.core.batches import Batch, Example, count_targets, pack
 from rc_ray.core.domains import Domain
-from rc_ray.core.model import decoder_hidden, output_rows
+from rc_ray.core.model import base_of, checkpoint_activations, decoder_hidden, output_rows
+from rc_ray.core.packed_attention import fits_window, install_packed_attention
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.trie import CatalogueTrie
 from rc_ray.training_config import TrainingConfig
@@ -38,6 +40,8 @@ class StepMetrics(TypedDict):
     num_tokens: int
     learning_rate: float
     seconds: float
+    valid_loss: NotRequired[float]
+    """Mean over all workers, where the run validates after this step."""
 
 
 class Engine(Protocol):
@@ -155,13 +159,16 @@ class TrainingPlan:
         return self._epochs[epoch]
 
     def _sequence(self, name: str, history: Sequence[int], rng: np.random.Generator) -> Example:
-        limit = self.config.max_titles
-        start = int(rng.integers(max(0, len(history) - limit) + 1))
-        end = start + limit
+        start = int(rng.integers(max(0, len(history) - self.config.max_titles) + 1))
+        return self.titles_example(name, history, start)
+
+    def titles_example(self, name: str, history: Sequence[int], start: int) -> Example:
+        """Up to `max_titles` titles from `start` on, each a target; the oldest go if too long."""
+        end = start + self.config.max_titles
         header = self.renderer.header(name)
         budget = self.config.max_tokens - len(header)
         sizes = [len(self.shown[name][item]) for item in history[start:end]]
-        while sum(sizes) > budget and sizes:  # the oldest titles go first
+        while sum(sizes) > budget and sizes:
             start += 1
             sizes.pop(0)
         tokens, titles = list(header), []
@@ -180,7 +187,14 @@ class TrainingPlan:
         count = min(self.num_listed, len(others))
         listed = [int(i) for i in rng.choice(others, size=count, replace=False)] + [target]
         listed = [listed[int(i)] for i in rng.permutation(len(listed))]
-        shown = list(history[max(0, place - self.config.max_titles) : place])
+        return self.answer_example(name, history[:place], target, listed)
+
+    def answer_example(
+        self, name: str, history: Sequence[int], target: int, listed: Sequence[int]
+    ) -> Example:
+        """The prompt that lists candidates, answered with the target's title."""
+        domain = self.domains[name]
+        shown = list(history[-self.config.max_titles :])
         answer = self.title_tokens[name][target]
         while True:
             tokens = self.renderer.prompt(
@@ -191,16 +205,14 @@ class TrainingPlan:
             if len(tokens) + len(answer) <= self.config.max_tokens or not shown:
                 break
             shown.pop(0)
-        return Example(
-            name, (*tokens, *answer), ((target, len(tokens)),), earlier=tuple(history[:place])
-        )
+        return Example(name, (*tokens, *answer), ((target, len(tokens)),), earlier=tuple(history))
 
 
 class TrainingModule(nn.Module):
     """A LoRA model whose forward pass is the loss of a batch.
 
     Args:
-        model: the trainable model.
+        model: the trainable model; a bare one where something else trains it.
         tries: by catalogue.
         config: which loss.
         world_size: workers whose gradients the engine averages.
@@ -208,7 +220,7 @@ class TrainingModule(nn.Module):
 
     def __init__(
         self,
-        model: PeftModel,
+        model: PeftModel | PreTrainedModel,
         tries: Mapping[str, CatalogueTrie],
         config: TrainingConfig,
         world_size: int = 1,
@@ -217,6 +229,8 @@ class TrainingModule(nn.Module):
         self.model = model
         self.config = config
         self.world_size = world_size
+        checkpoint_activations(model, config.activation_checkpointing)
+        self.is_packed = install_packed_attention(base_of(model))
         self.tries = dict(tries)
         # Frozen rows are copied once: the projection then costs the catalogue's tokens only, and
         # ZeRO-3 need not gather the whole vocabulary at every step.
@@ -229,10 +243,20 @@ class TrainingModule(nn.Module):
 
         Multiplied by the number of workers, since engines average gradients over them.
         """
-        hidden = decoder_hidden(self.model, batch.input_ids, batch.position_ids, batch.mask)
+        if self.is_packed and fits_window(base_of(self.model), batch.lengths):
+            batch = batch.flattened()
+            hidden = decoder_hidden(
+                self.model, batch.input_ids, batch.position_ids, lengths=batch.lengths
+            )
+        else:
+            hidden = decoder_hidden(self.model, batch.input_ids, batch.position_ids, batch.mask)
+        return self.loss(hidden, batch)
+
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The same from the last hidden states of the batch's rows, (B, T, H)."""
         flat = hidden.reshape(-1, hidden.shape[-1])  # (B * T, H)
         if self.config.loss == "vocabulary":
-            base = self.model.get_base_model()
+            base = base_of(self.model)
             logits = base.get_output_embeddings()(flat[batch.token_positions])  # (Y, vocabulary)
             total = nn.functional.cross_entropy(
                 logits.float(), batch.token_targets, reduction="sum"
@@ -278,8 +302,11 @@ class TorchEngine:
 
     def step(self) -> None:
         self._num_calls += 1
-        if self._num_calls % self.num_parts:
-            return
+        if self._num_calls % self.num_parts == 0:
+            self.update()
+
+    def update(self) -> None:
+        """Act on the gradients as they are."""
         nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()

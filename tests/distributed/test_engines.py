@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from rc_ray import engines
+from rc_ray import zero
+from rc_ray.checkpoints import check_model, read_state
 from rc_ray.config import Experiment
-from rc_ray.core.adapters import Adapter, load_adapter
+from rc_ray.core.adapters import Adapter
 from rc_ray.core.domains import read_domain
 from rc_ray.core.model import load_language_model
 from rc_ray.engines import Learner, build_learner, check_trained
@@ -36,14 +37,14 @@ IDS = [f"zero{e.zero_stage}-{e.offload}" for e in ENGINES]
 @pytest.fixture(autouse=True)
 def every_matrix_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed keeps matrices below 100,000 elements whole: all of a tiny model."""
-    original = engines.deepspeed_settings
+    original = zero.deepspeed_settings
 
     def settings(*args: Any, **kwargs: Any) -> dict[str, Any]:
         made = original(*args, **kwargs)
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made
 
-    monkeypatch.setattr(engines, "deepspeed_settings", settings)
+    monkeypatch.setattr(zero, "deepspeed_settings", settings)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,8 +77,12 @@ def learner(
     checkpoint: Path | None = None,
 ) -> Learner:
     data = experiment.run_dir / "data"
+    with zero.sharded_loading(
+        deepspeed, experiment.train, dtype=dtype, world_size=1, use_gpu=False
+    ):
+        lm = load_language_model(experiment.model.path, dtype)
     return build_learner(
-        load_language_model(experiment.model.path, dtype),
+        lm,
         [read_domain(data / name) for name in experiment.data.spirit],
         experiment.train,
         seed=experiment.seed,
@@ -134,7 +139,6 @@ def test_a_step_in_parts_is_the_whole_step(
     # A run that fits no more goes on in smaller parts.
     experiment = make_run(*settings, "train.micro_batch_size=2")
     resumed = learner(experiment, deepspeed, checkpoint=tmp_path / "checkpoint")
-    assert resumed.note is None
     assert curve(resumed) == pytest.approx(expected[2:], abs=5e-5)
     assert_same(whole.adapter(), resumed.adapter(), tolerance=5e-5)
 
@@ -153,28 +157,67 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(
             broken.save(tmp_path / "checkpoint", 3)
             break
     resumed = learner(experiment, deepspeed, checkpoint=tmp_path / "checkpoint")
-    assert resumed.note is None
     assert resumed.start_step == 3
     assert curve(resumed) == losses[3:]
     assert_same(unbroken.adapter(), resumed.adapter())
 
 
-def test_another_engine_goes_on_with_the_weights_and_says_so(make_run, tmp_path: Path) -> None:
-    experiment = make_run("train.learning_rate=0.01")
-    first = learner(experiment, DeepSpeedConfig(zero_stage=3))
-    rates = []
-    for metrics in first.steps():
-        rates.append(metrics["learning_rate"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (None, ENGINES[3]),
+        (ENGINES[0], ENGINES[2]),
+        (ENGINES[1], None),
+        (ENGINES[2], ENGINES[5]),
+        (ENGINES[3], ENGINES[1]),
+        (ENGINES[5], ENGINES[4]),
+        (ENGINES[4], ENGINES[0]),
+    ],
+    ids=lambda engine: f"zero{engine.zero_stage}-{engine.offload}" if engine else "torch",
+)
+def test_another_engine_goes_on_where_the_first_one_stopped(
+    make_run, tmp_path: Path, first: DeepSpeedConfig | None, second: DeepSpeedConfig | None
+) -> None:
+    # Clipped, decayed and scheduled, so that every part of the state matters.
+    experiment = make_run(
+        "train.learning_rate=0.01",
+        "train.max_grad_norm=1.6",
+        "train.weight_decay=0.1",
+        "train.schedule=linear",
+    )
+    plain = learner(experiment, None)
+    expected = curve(plain)
+    start = learner(experiment, first)
+    for metrics in start.steps():
         if metrics["step"] == 2:
-            first.save(tmp_path / "checkpoint", 3)
-    saved = load_adapter(tmp_path / "checkpoint" / "adapter")
-    other = learner(experiment, None, checkpoint=tmp_path / "checkpoint")
-    assert other.note is not None
-    assert "weights alone" in other.note
-    assert_same(saved, other.adapter())
-    rows = list(other.steps())
-    assert [row["step"] for row in rows] == [3, 4, 5]
-    assert [row["learning_rate"] for row in rows] == rates[3:]
+            start.save(tmp_path / "checkpoint", 3)
+            break
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == [
+        "adapter",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    resumed = learner(experiment, second, checkpoint=tmp_path / "checkpoint")
+    assert_same(start.adapter(), resumed.adapter())
+    assert curve(resumed) == pytest.approx(expected[3:], abs=5e-5)
+    assert_same(plain.adapter(), resumed.adapter(), tolerance=5e-5)
+
+
+@pytest.mark.parametrize("deepspeed", [None, *ENGINES[:4]], ids=["torch", *IDS[:4]])
+def test_fp32_masters_of_a_bf16_run_outlive_a_resume(
+    make_run, tmp_path: Path, deepspeed: DeepSpeedConfig | None
+) -> None:
+    # Steps of 1e-4 are lost on bf16 copies of the weights.
+    experiment = make_run("train.learning_rate=0.0001")
+    unbroken = learner(experiment, deepspeed, dtype=torch.bfloat16)
+    for metrics in unbroken.steps():
+        if metrics["step"] == 2:
+            unbroken.save(tmp_path / "checkpoint", 3)
+    resumed = learner(
+        experiment, deepspeed, dtype=torch.bfloat16, checkpoint=tmp_path / "checkpoint"
+    )
+    curve(resumed)
+    assert_same(unbroken.adapter(), resumed.adapter())
 
 
 def test_bf16_follows_fp32(make_run) -> None:
@@ -204,14 +247,74 @@ def test_the_saved_adapter_is_a_peft_folder(make_run, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named(make_run, tmp_path: Path) -> None:
     experiment = make_run()
     trained = learner(experiment, None)
-    trained.save(tmp_path, 2)
-    path = tmp_path / "optimizer.pt"
+    next(trained.steps())
+    trained.save(tmp_path, 1)
+    path = tmp_path / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ArtifactError, match="damaged checkpoint"):
+    with pytest.raises(ArtifactError, match="optimizer.safetensors: damaged checkpoint"):
         learner(experiment, None, checkpoint=tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_run, tmp_path: Path) -> None:
+    experiment = make_run()
+    trained = learner(experiment, None)
+    next(trained.steps())
+    trained.save(tmp_path / "checkpoint", 1)
+    state = read_state(tmp_path / "checkpoint")
+    shape = dict(state.base_shape)
+    with pytest.raises(ArtifactError, match="of another model: of tiny, the experiment says other"):
+        check_model(vars(state), "other", shape)
+    with pytest.raises(ArtifactError, match="with hidden_size 32, tiny now has 64"):
+        check_model(vars(state), "tiny", {**shape, "hidden_size": 64})
+    other = make_run("train.lora.rank=2")
+    with pytest.raises(ArtifactError, match="LoRA matrix of shape"):
+        learner(other, None, checkpoint=tmp_path / "checkpoint")
 
 
 def test_an_adapter_that_learned_nothing_is_refused(make_run) -> None:
     untrained = learner(make_run(), None)
     with pytest.raises(ArtifactError, match="trained nothing"):
         check_trained(untrained.adapter(), Path("spirit"))
+
+
+@pytest.mark.parametrize("deepspeed", [None, ENGINES[3]], ids=["torch", IDS[3]])
+def test_the_best_adapter_outlives_a_resume_and_patience_ends_the_run(
+    make_run, tmp_path: Path, deepspeed: DeepSpeedConfig | None
+) -> None:
+    # A rate far too high after a good start: validation worsens soon.
+    settings = (
+        "train.learning_rate=0.3",
+        "train.warmup_fraction=0.5",
+        "train.lora.dropout=0.3",
+        "train.num_steps=12",
+        "train.valid_every=1",
+        "train.patience=2",
+    )
+    experiment = make_run(*settings)
+    unbroken = learner(experiment, deepspeed)
+    adapters, losses = [], []
+    for metrics in unbroken.steps():
+        adapters.append(unbroken.adapter())
+        losses.append(metrics["valid_loss"])
+        if metrics["step"] == 1:
+            unbroken.save(tmp_path / "checkpoint", 2)
+    best = min(range(len(losses)), key=losses.__getitem__)
+    # Two validations without a new best, and not a step more.
+    assert len(losses) == best + 1 + 2 < 12
+    assert unbroken.finished
+    assert (unbroken.best.loss, unbroken.best.num_steps) == (losses[best], best + 1)
+    assert_same(adapters[best], unbroken.result())
+    resumed = learner(experiment, deepspeed, checkpoint=tmp_path / "checkpoint")
+    assert [metrics["valid_loss"] for metrics in resumed.steps()] == losses[2:]
+    assert_same(unbroken.result(), resumed.result())
+    # Validating changes nothing about the training.
+    plain = learner(make_run(*settings[:-2]), deepspeed)
+    for metrics in plain.steps():
+        if metrics["step"] == best:
+            assert_same(adapters[best], plain.adapter())
+            break
+    # A run that patience has ended stays ended.
+    unbroken.save(tmp_path / "ended", len(losses))
+    ended = learner(experiment, deepspeed, checkpoint=tmp_path / "ended")
+    assert list(ended.steps()) == []
+    assert_same(adapters[best], ended.result())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
+import os
+import random
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,16 @@ import psutil
 import pytest
 import torch
 
-from rc_ray import artifacts, engines, train, worker
+from rc_ray import artifacts, engines, recipes, train, worker, zero
 from rc_ray.artifacts import RunFolder
+from rc_ray.checkpoints import TrainingState, model_shape, write_state
 from rc_ray.config import Experiment
-from rc_ray.core.adapters import load_adapter
+from rc_ray.core.adapters import Adapter, LoraPair, load_adapter
 from rc_ray.core.domains import read_domain
 from rc_ray.core.model import load_language_model
-from rc_ray.errors import ConfigError
-from rc_ray.progress import JsonlTail
+from rc_ray.core.training import StepMetrics
+from rc_ray.core.validation import BestSoFar
+from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.session import ray_session
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("ray_local")]
@@ -32,7 +37,7 @@ SETTINGS = (
     "train.lora.dropout=0.0",
 )
 original_worker = worker.train_worker
-original_settings = engines.deepspeed_settings
+original_settings = zero.deepspeed_settings
 
 
 def sharding_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -43,13 +48,15 @@ def sharding_worker(settings: dict[str, Any]) -> dict[str, Any]:
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made
 
-    engines.deepspeed_settings = sharded
+    zero.deepspeed_settings = sharded
     return original_worker(settings)
 
 
-def run(experiment: Experiment, screen: Any, **options: Any) -> Path:
+def run(
+    experiment: Experiment, screen: Any, *, loop: Any = sharding_worker, **options: Any
+) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "train_worker", sharding_worker)
+        patch.setattr(worker, "train_worker", loop)
         with ray_session(RunFolder(experiment.run_dir)):
             return train.run(experiment, console=screen.console, **options)
 
@@ -109,39 +116,60 @@ def test_a_finished_spirit_is_sealed_and_stands(undisturbed, screen) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_a_run_with_a_killed_worker_ends_as_an_undisturbed_one(
+def mortal_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """The real loop, in a process that ends by SIGKILL where the run's `kills.json` says so."""
+    folder = Path(settings["domain_dirs"][0]).parents[1]
+    kills = json.loads((folder / "kills.json").read_text())
+    original_steps = engines.Learner.steps
+
+    def steps(self: engines.Learner) -> Iterator[StepMetrics]:
+        for metrics in original_steps(self):
+            mark = folder / f"killed-{metrics['step']}-{self.rank}"
+            if [metrics["step"], self.rank] in kills and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield metrics
+
+    engines.Learner.steps = steps
+    return sharding_worker(settings)
+
+
+def assert_ends_as(folder: Path, expected: Path) -> None:
+    got, wanted = load_adapter(folder), load_adapter(expected)
+    assert got.modules.keys() == wanted.modules.keys()
+    for name, pair in got.modules.items():
+        assert torch.equal(pair.a, wanted.modules[name].a)
+        assert torch.equal(pair.b, wanted.modules[name].b)
+    fields = ("step", "loss", "learning_rate", "num_titles", "num_tokens")
+    assert [[row[field] for field in fields] for row in rows(folder)] == [
+        [row[field] for field in fields] for row in rows(expected)
+    ]
+
+
+def run_with_kills(experiment: Experiment, screen: Any, kills: list[tuple[int, int]]) -> Path:
+    (experiment.run_dir / "kills.json").write_text(json.dumps(kills))
+    folder = run(experiment, screen, loop=mortal_worker)
+    marks = {path.name for path in experiment.run_dir.glob("killed-*")}
+    assert marks == {f"killed-{step}-{rank}" for step, rank in kills}
+    return folder
+
+
+def test_a_run_with_a_killed_worker_ends_bit_for_bit_as_an_undisturbed_one(
     undisturbed, make_run, screen
 ) -> None:
-    _, expected = undisturbed
-    experiment = make_run(*SETTINGS)
-    killed: list[int] = []
+    # Rank 0 dies a step after it has handed over a checkpoint, in the middle of its upload or not.
+    folder = run_with_kills(make_run(*SETTINGS), screen, [(9, 0)])
+    assert_ends_as(folder, undisturbed[1])
 
-    def kill_one() -> None:
-        tails: dict[Path, JsonlTail] = {}
-        for _ in range(600):
-            time.sleep(0.1)
-            for path in (experiment.run_dir / ".spirit.work").glob("*.jsonl"):
-                seen = tails.setdefault(path, JsonlTail(path)).read_new()
-                if any(row.get("step", 0) >= 8 for row in seen):
-                    victims = train_workers()
-                    if victims:
-                        killed.append(victims[-1].pid)
-                        victims[-1].kill()
-                    return
 
-    thread = threading.Thread(target=kill_one)
-    thread.start()
-    folder = run(experiment, screen)
-    thread.join()
-    assert killed, "no worker was killed; the test has shown nothing"
-    got, wanted = load_adapter(folder), load_adapter(expected)
-    for name, pair in got.modules.items():
-        torch.testing.assert_close(pair.a, wanted.modules[name].a, atol=1e-6, rtol=0)
-        torch.testing.assert_close(pair.b, wanted.modules[name].b, atol=1e-6, rtol=0)
-    assert [row["step"] for row in rows(folder)] == list(range(30))
-    assert [row["loss"] for row in rows(folder)] == pytest.approx(
-        [row["loss"] for row in rows(expected)], abs=1e-6
-    )
+@pytest.mark.slow
+def test_ten_kills_at_random_steps_change_not_a_bit(undisturbed, make_run, screen) -> None:
+    rng = random.Random(11)
+    kills = [(step, rng.randrange(2)) for step in sorted(rng.sample(range(30), 10))]
+    folder = run_with_kills(make_run(*SETTINGS), screen, kills)
+    assert_ends_as(folder, undisturbed[1])
+    # `max_failures` is 3: what counts is failing without getting on.
+    assert "starting them again" in screen.text
 
 
 def train_workers() -> list[psutil.Process]:
@@ -178,10 +206,49 @@ def test_what_cannot_be_had_is_refused_before_a_worker_starts(
     assert train_workers() == []
 
 
-def test_a_setting_that_the_model_cannot_satisfy_ends_the_run_without_retries(
-    make_run, screen
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("train.lora.target_modules=[no_such_layer]",),
+            r"`train.lora.target_modules` names no_such_layer; this model has down_proj, ",
+        ),
+        (("train.lora.first_layer=2",), r"`train.lora.first_layer` 2 leaves nothing to adapt"),
+        (("train.checkpoint_storage=floppy://x",), r"`train.checkpoint_storage`: floppy://x"),
+    ],
+)
+def test_what_the_model_or_the_storage_cannot_satisfy_is_refused_before_a_worker_starts(
+    make_run, screen, overrides: tuple[str, ...], message: str
 ) -> None:
-    experiment = make_run("train.lora.target_modules=[no_such_layer]", "train.max_failures=3")
-    with pytest.raises(train.TrainingFailed, match="names no_such_layer; this model has"):
+    experiment = make_run(*overrides)
+    with pytest.raises(ConfigError, match=message) as error:
         run(experiment, screen)
+    assert "\n" not in str(error.value)
+    assert train_workers() == []
     assert not (experiment.run_dir / "spirit").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_a_worker_starts(make_run, screen) -> None:
+    # The folder that `model.path` names holds another model than when the run was stopped.
+    experiment = make_run()
+    storage = experiment.run_dir / "storage"
+    experiment = make_run(f"train.checkpoint_storage={storage}")
+    known = recipes.spirit(experiment)
+    inputs = known.inputs(RunFolder(experiment.run_dir))
+    name = artifacts.fingerprint(config=known.config, seed=experiment.seed, inputs=inputs)[:16]
+    model = load_language_model(experiment.model.path, torch.float32).model
+    pair = LoraPair(a=torch.ones(1, 32), b=torch.ones(32, 1), scale=1.0)
+    write_state(
+        storage / f"tiny-{name}" / "checkpoint_1",
+        TrainingState(
+            num_steps_done=2,
+            base_name=experiment.model.path,
+            base_shape={**model_shape(model.config), "num_hidden_layers": 12},
+            adapter=Adapter({"layer": pair}),
+            moments={"layer.lora_A.exp_avg": torch.ones(1, 32)},
+            best=BestSoFar(),
+        ),
+    )
+    with pytest.raises(ArtifactError, match="another model: with num_hidden_layers 12, .* has 2"):
+        run(experiment, screen)
+    assert train_workers() == []

@@ -21,7 +21,8 @@ from rc_ray.core.domains import Domain, RankingCase
 from rc_ray.engines import Learner
 from rc_ray.errors import ConfigError
 from rc_ray.session import ray_session
-from rc_ray.trial import validate
+from rc_ray.trial import train_ingredient, validate
+from tests.test_together import largest_difference
 
 pytestmark = pytest.mark.distributed
 
@@ -123,6 +124,20 @@ def test_a_trial_goes_on_from_its_checkpoint(make_run, screen, monkeypatch) -> N
         for spec in (unbroken, broken)
     ]
     assert manifests[0]["valid_ndcg"] == manifests[1]["valid_ndcg"]
+
+
+def test_domains_of_a_group_share_a_process(ray_local, make_run, screen) -> None:
+    experiment = make_run(*SETTINGS, "tune.domains_per_trial=2")
+    folder = RunFolder(experiment.run_dir)
+    (folder.domain_dir("lamps") / "items.parquet").write_bytes(b"x")
+    with pytest.raises(tune.IngredientsFailed, match=r"no ingredient for lamps: .*items\.parquet"):
+        run(experiment, screen)
+    assert "2 trial(s) in 1 group(s), 1 at a time" in screen.text
+    assert "tools  8/8" in screen.text
+    (alone,) = tune.plan_trials(experiment, folder, "tools", experiment.run_dir / "alone")
+    train_ingredient(tune.trial_config(experiment, folder, alone, Path(experiment.model.path)))
+    trained = load_adapter(folder.ingredient_dir("tools"))
+    assert largest_difference(trained, load_adapter(alone.folder / "adapter")) < 1e-5
 
 
 def test_a_trial_larger_than_the_cluster_is_refused(ray_local, make_run, screen) -> None:

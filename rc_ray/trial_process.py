@@ -1,0 +1,90 @@
+"""Ray Tune's trainable: what a worker process does with a trial's order.
+
+The driver imports this module, the worker alone the rest: PyTorch and transformers take seconds to
+import, and the driver needs neither.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from rc_ray.artifacts import read_json, write_json
+from rc_ray.errors import UserError
+from rc_ray.sweep_plan import ERROR, STOPPED
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """Run one trial; never raises, so that only a dead process is tried again.
+
+    What went wrong stands in `error.json` of the trial's folder.
+
+    Args:
+        config: `trial` is the path of the trial's order, see `rc_ray.sweep_plan`.
+    """
+    from ray import tune
+
+    trial = read_json(Path(config["trial"]))
+    folder = Path(trial["folder"])
+    begin(folder)
+
+    def report(num_steps: int, valid_loss: float) -> None:
+        tune.report({"num_steps_done": num_steps, "valid_loss": valid_loss})
+
+    try:
+        if trial["num_workers"] > 1:
+            from rc_ray.trial_workers import train_on_workers
+
+            metrics = train_on_workers(trial)
+        else:
+            from rc_ray.trial import train_ingredient
+
+            metrics = train_ingredient(trial, report if trial["scheduler"] is not None else None)
+    except Exception as error:
+        fail(folder, error)
+        tune.report({"failed": True})
+        return
+    tune.report({"failed": False, **metrics})
+
+
+def run_group(config: dict[str, Any]) -> None:
+    """Run several trials together; like `run_trial` it never raises.
+
+    Args:
+        config: `trial` is the path of the group's order, see `rc_ray.sweep_plan`.
+    """
+    from ray import tune
+
+    orders = [read_json(Path(path)) for path in read_json(Path(config["trial"]))["orders"]]
+    for order in orders:
+        begin(Path(order["folder"]))
+    from rc_ray.together import train_group
+
+    failed = train_group(orders)
+    tune.report({"failed": bool(failed), "num_failed": len(failed)})
+
+
+def begin(folder: Path) -> None:
+    """Show that a trial has a process, and forget how it ended before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").touch()
+    for name in (ERROR, STOPPED):
+        (folder / name).unlink(missing_ok=True)
+
+
+def fail(folder: Path, error: Exception) -> None:
+    """Write down why a trial failed, and drop what it may have spoilt."""
+    from rc_ray.trial import forget_base
+
+    forget_base()
+    write_error(folder, error)
+
+
+def write_error(folder: Path, error: Exception) -> None:
+    """Write down in one line why a trial failed; the trace goes into the worker's log."""
+    traceback.print_exception(error)
+    text = str(error).strip() or type(error).__name__
+    if not isinstance(error, UserError):
+        text = f"{type(error).__name__}: {text}"
+    write_json(folder / ERROR, {"error": text.splitlines()[0]})

@@ -1,0 +1,111 @@
+"""The table of a sweep, its counts, its lines off a terminal, and the note that nothing runs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rc_ray import artifacts, sweep_view
+from rc_ray.artifacts import write_manifest
+from rc_ray.curves import write_metrics
+from rc_ray.sweep import Request
+from rc_ray.sweep_plan import ERROR, STOPPED
+from rc_ray.sweep_view import SweepView
+from tests.conftest import Screen
+
+REQUEST = Request(cpus=2.0, gpus=0.0, memory=3_000_000_000)
+
+
+def write_orders(root: Path, num: int) -> list[Path]:
+    folders = []
+    for place in range(num):
+        folder = root / f"domain{place}" / "trial"
+        order = {
+            "domain": f"domain{place}",
+            "label": "learning_rate=0.1",
+            "folder": str(folder),
+            "setting": {"num_steps": 8},
+        }
+        artifacts.write_json(root / "orders" / f"domain{place}.trial.json", order)
+        folders.append(folder)
+    return folders
+
+
+def view_of(root: Path, folders: list[Path], screen: Screen, **fields: Any) -> SweepView:
+    return SweepView(screen.console, root / "orders", folders, len(folders), REQUEST, **fields)
+
+
+def drawn(view: SweepView) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(view.render())
+    return stream.getvalue()
+
+
+def rows_of(*losses: float) -> list[dict[str, float]]:
+    return [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+
+
+def test_rows_and_counts_follow_the_trial_folders(tmp_path: Path, screen: Screen) -> None:
+    folders = write_orders(tmp_path, 5)
+    view = view_of(tmp_path, folders, screen)
+    running, done, failed, stopped, _ = folders
+    validated = {**rows_of(0.0, 0.0, 3.25)[-1], "valid_loss": 2.75}
+    write_metrics(running / "metrics.jsonl", [*rows_of(4.5, 4.0), validated])
+    write_metrics(done / "metrics.jsonl", rows_of(*[1.5] * 8))
+    write_manifest(done, stage="tune", config={}, seed=1, inputs={}, metrics={"valid_ndcg": 0.5})
+    for folder, name in ((failed, ERROR), (stopped, STOPPED)):
+        write_metrics(folder / "metrics.jsonl", rows_of(9.0))
+        artifacts.write_json(folder / name, {"error": "broken"})
+    view.look()
+    assert view.counts().startswith("done 1, running 1, waiting 1, stopped 1, failed 1")
+    table = drawn(view).splitlines()
+    assert table[0].split() == "domain trial step loss best validation left".split()  # noqa: SIM905
+    assert table[1].split() == ["domain0", "learning_rate=0.1", "3/8", "3.25", "2.75"]
+    assert table[2].split() == "domain1 learning_rate=0.1 8/8 1.5 NDCG 0.500 done".split()  # noqa: SIM905
+    assert table[5].split() == ["domain4", "learning_rate=0.1", "0/8", "waiting"]
+    lines = screen.text.splitlines()
+    assert "  domain1 learning_rate=0.1  8/8  loss 1.5  best NDCG 0.500  done" in lines
+    assert any(line.startswith("  domain2") and line.endswith("failed") for line in lines)
+
+
+def test_a_hundred_trials_show_those_that_run(tmp_path: Path, screen: Screen) -> None:
+    folders = write_orders(tmp_path, 100)
+    view = view_of(tmp_path, folders, screen)
+    for folder in folders[40:43]:
+        write_metrics(folder / "metrics.jsonl", rows_of(2.0))
+    view.look()
+    table = drawn(view).splitlines()
+    assert [line.split()[0] for line in table[1:-1]] == ["domain40", "domain41", "domain42"]
+    assert table[-1].strip() == "done 0, running 3, waiting 97"
+    # Off a terminal: the counts, no line per trial.
+    assert screen.text.splitlines() == ["  done 0, running 3, waiting 97"]
+
+
+def test_a_sweep_that_does_not_start_says_what_it_asks_and_what_is_free(
+    tmp_path: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_view, "_FIRST_NOTE_S", 0.0)
+    folders = write_orders(tmp_path, 1)
+    view = view_of(tmp_path, folders, screen, free=lambda: {"CPU": 1.0, "memory": 2e9})
+    view._next_note_s = 0.0
+    view.look()
+    (line,) = screen.text.splitlines()
+    assert "asks for (2 CPU, 3.0 GB)" in line
+    assert "1 CPU, 0 GPU, 2.0 GB free" in line
+    assert "lower `tune.cpus_per_trial`" in line
+    write_metrics(folders[0] / "metrics.jsonl", rows_of(2.0))
+    view.look()
+    view.look()
+    assert screen.text.count("no trial has started") == 1
+
+
+def test_what_ran_before_is_not_taken_for_running(tmp_path: Path, screen: Screen) -> None:
+    (folder,) = write_orders(tmp_path, 1)
+    write_metrics(folder / "metrics.jsonl", rows_of(5.0, 4.0))
+    view = view_of(tmp_path, [folder], screen)
+    view.look()
+    assert view.counts() == "done 0, running 0, waiting 1"
