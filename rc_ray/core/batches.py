@@ -69,7 +69,8 @@ class Batch:
     decisions: Mapping[str, Decisions]
     """By catalogue."""
     token_positions: Tensor
-    """(Y,) index into the flattened hidden states that predict a title's tokens."""
+    """(Y,) index into the flattened hidden states that predict a title's tokens; none of titles
+    that the text cuts short."""
     token_targets: Tensor
     """(Y,) the tokens."""
     num_titles: int
@@ -190,9 +191,10 @@ def pack(
                     edges.append(edge)
                 removed += trie.taken_rows(visit_of, chosen, keep=(trie.leaf_of_item[item],))
                 chosen.append(item)
-                for depth, token in enumerate(title_tokens[example.catalogue][item]):
-                    token_positions.append(before + depth)
-                    token_targets.append(token)
+                title = title_tokens[example.catalogue][item]
+                if example.tokens[start : start + len(title)] == tuple(title):  # not cut short
+                    token_positions.extend(range(before, before + len(title)))
+                    token_targets.extend(title)
             offset = end
     several = any(len(row) > 1 for row in rows)
     return Batch(
