@@ -76,6 +76,7 @@ def test_packed_texts_agree_with_the_dense_mask(folder: Path, style: str) -> Non
         fuse_lora(model)
         module = TrainingModule(model, plan.tries, config).to("cuda")
         module.is_packed = is_packed
+        module.train()
         (batch,) = plan.batches(0)
         loss = module(batch.to(torch.device("cuda")))
         loss.backward()
