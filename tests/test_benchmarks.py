@@ -199,3 +199,31 @@ def test_the_slots_time_of_a_sweep_is_accounted_for(tmp_path: Path) -> None:
     parts = {key for key in found if key not in ("wall", "slots", "trials", "share")}
     assert sum(found[key] for key in parts) == pytest.approx(found["slots"])
     assert all(found[key] >= 0.0 for key in parts)
+
+
+def test_contestants_in_training_see_the_same_histories(
+    without_ties: Prepared, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    benchmark = load("training")
+    folder = str(make_model(tmp_path / "model"))
+    settings = "--random-config tiny --device cpu --dtype float32 --seconds 0 --batch-size 3"
+    arguments = benchmark.parser().parse_args(
+        [str(without_ties.ours), "--model", folder, *settings.split(), "--users", "8"]
+    )
+    found = {name: benchmark.measure(name, arguments) for name in benchmark.CONTESTANTS}
+    for style in ("instruct", "sequence"):
+        ours, theirs = found[f"ours-{style}"], found[f"trainer-{style}"]
+        assert ours["num_steps"] == theirs["num_steps"] == 1
+        assert ours["num_tokens"] == theirs["num_tokens"] > 0
+        assert ours["num_titles"] == theirs["num_titles"]
+    assert found["ours-instruct"]["num_titles"] == 3 < found["ours-sequence"]["num_titles"]
+    assert found["ours-brief"]["num_tokens"] < found["ours-sequence"]["num_tokens"]
+    for count in found.values():
+        assert count["tokens_per_s"] > 0
+        assert count["peak_mb"] > count["step_mb"] >= 0
+    arguments.quality_minutes = 0.001
+    for name in ("trainer-instruct", "ours-brief"):
+        ranked = benchmark.quality(name, without_ties.ours, arguments)
+        assert ranked["steps"] >= 1
+        assert 0 < ranked["valid_ndcg"] <= 1

@@ -69,7 +69,8 @@ class Batch:
     decisions: Mapping[str, Decisions]
     """By catalogue."""
     token_positions: Tensor
-    """(Y,) index into the flattened hidden states that predict a title's tokens."""
+    """(Y,) index into the flattened hidden states that predict a title's tokens; none of titles
+    that the text cuts short."""
     token_targets: Tensor
     """(Y,) the tokens."""
     num_titles: int
@@ -191,10 +192,9 @@ def pack(
                 removed += trie.taken_rows(visit_of, chosen, keep=(trie.leaf_of_item[item],))
                 chosen.append(item)
                 title = title_tokens[example.catalogue][item]
-                # A title that is shown cut short has no places for the rest of its tokens.
-                for depth, token in enumerate(title[: len(example.tokens) - start]):
-                    token_positions.append(before + depth)
-                    token_targets.append(token)
+                if example.tokens[start : start + len(title)] == tuple(title):  # not cut short
+                    token_positions.extend(range(before, before + len(title)))
+                    token_targets.extend(title)
             offset = end
     several = any(len(row) > 1 for row in rows)
     return Batch(

@@ -86,6 +86,17 @@ def test_the_decoder_reads_no_padding(folder: Path) -> None:
     assert batch.input_ids.numel() > shapes[0][1]
 
 
+def test_a_text_may_end_within_a_title_that_is_cut_short(folder: Path) -> None:
+    module, plan, _ = make_module(folder, style="brief", batch_size=1)
+    cut = 0
+    for step in range(4):
+        (example,), (batch,) = plan.examples(step), plan.batches(step)
+        assert torch.isfinite(module(batch))
+        item, start = example.titles[-1]
+        cut += start + len(plan.title_tokens["tools"][item]) > len(example.tokens)
+    assert cut > 0
+
+
 def test_a_window_shorter_than_a_text_is_kept(folder: Path) -> None:
     """Packed attention knows no window, so rows with transformers' own masks are read instead."""
     module, _, batch = make_module(folder)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.model import choose_dtype, load_language_model, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
@@ -58,3 +59,30 @@ def test_training_in_bf16_follows_fp32_on_the_processor(folder: Path) -> None:
         )
         curves.append([step["loss"] for step in steps])
     assert curves[1] == pytest.approx(curves[0], abs=0.1)
+
+
+@pytest.mark.parametrize("style", ["sequence", "instruct"])
+def test_packed_texts_agree_with_the_dense_mask(folder: Path, style: str) -> None:
+    config = TrainingConfig.model_validate(
+        {"batch_size": 6, "style": style, "activation_checkpointing": style == "instruct"}
+    )
+    found = []
+    for is_packed in (True, False):
+        lm = load_language_model(folder, torch.float32, "cuda")
+        plan = TrainingPlan(
+            [make_domain()], PromptRenderer(lm.tokenizer, style), config, seed=5, num_listed=3
+        )
+        model = with_lora(lm.model, config.lora, seed=0)
+        fuse_lora(model)
+        module = TrainingModule(model, plan.tries, config).to("cuda")
+        module.is_packed = is_packed
+        module.train()
+        (batch,) = plan.batches(0)
+        loss = module(batch.to(torch.device("cuda")))
+        loss.backward()
+        grads = [p.grad.cpu() for p in module.parameters() if p.grad is not None]
+        found.append((loss.item(), grads))
+    (loss, grads), (wanted_loss, wanted) = found
+    assert loss == pytest.approx(wanted_loss, rel=1e-4)
+    for got, expected in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-4)
