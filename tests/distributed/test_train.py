@@ -17,7 +17,7 @@ import torch
 
 from rc_ray import artifacts, engines, recipes, train, worker, zero
 from rc_ray.artifacts import RunFolder
-from rc_ray.checkpoints import TrainingState, model_shape, write_state
+from rc_ray.checkpoints import CheckpointStore, TrainingState, model_shape, write_state
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import Adapter, LoraPair, load_adapter
 from rc_ray.core.domains import read_domain
@@ -252,3 +252,32 @@ def test_a_checkpoint_of_another_model_is_refused_before_a_worker_starts(make_ru
     with pytest.raises(ArtifactError, match="another model: with num_hidden_layers 12, .* has 2"):
         run(experiment, screen)
     assert train_workers() == []
+
+
+def test_checkpoints_may_lie_in_a_storage_of_their_own(make_run, screen, tmp_path: Path) -> None:
+    storage = tmp_path / "bucket"
+    experiment = make_run(
+        "train.engine=torch",
+        f"train.checkpoint_storage=file://{storage}",
+        "train.valid_every=3",
+        "train.learning_rate=0.01",
+    )
+    seen: list[str] = []
+    forget = CheckpointStore.forget
+
+    def watched(self: CheckpointStore, keep: int | None) -> None:
+        found = self.newest()
+        seen.append(f"{self.path} {found.num_steps_done if found else 0}")
+        forget(self, keep)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointStore, "forget", watched)
+        folder = run(experiment, screen)
+    # Six steps lay there when the spirit was sealed, and nothing is left behind.
+    assert seen[-1].startswith(f"{storage}/tiny-")
+    assert seen[-1].endswith(" 6")
+    assert [path for path in storage.rglob("*") if path.is_file()] == []
+    metrics = artifacts.read_json(folder / artifacts.MANIFEST)["metrics"]
+    validated = {row["step"]: row["valid_loss"] for row in rows(folder) if "valid_loss" in row}
+    assert sorted(validated) == [2, 5]
+    assert metrics["best_valid_loss"] == min(validated.values())
