@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH = 420
+LABEL_CHARACTER = 6.8
+"""Width of a character of a row's label, with some to spare."""
 NUM_SERIES_COLOURS = 7
 """The page's CSS defines `.s0` to `.s6`."""
 
@@ -34,7 +36,8 @@ def intervals(rows: Sequence[Interval], *, reference: tuple[str, float] | None =
         rows: what to draw, top row first; at least one.
         reference: a name and a value for a dashed vertical line, e.g. chance.
     """
-    left, right, top, step = 92, 14, 8, 26
+    longest = max(len(row.label) for row in rows)
+    left, right, top, step = max(92, round(12 + LABEL_CHARACTER * longest)), 14, 8, 26
     highest = max([row.high for row in rows] + ([reference[1]] if reference else []))
     ticks = _ticks(0.0, max(highest, 1e-6), 4)
     height = top + step * len(rows) + 34

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def run(request: Request, console: Progress) -> dict[str, Any]:
     _check_domain(request.domain)
     shards = find(found, request.paths, interactions=request.interactions, items=request.items)
     _check_out(request.out, [shard for of_role in shards.values() for shard in of_role])
-    with replaced_dir(request.out) as work:
+    with _without_a_trace(request.out), replaced_dir(request.out) as work:
         items, item_digests = _write_items(shards["items"], work / "items.parquet", console)
         parallel = request.parallel or _are_large(shards["interactions"])
         target = work / "interactions.parquet"
@@ -157,6 +158,19 @@ def _check_out(out: Path, shards: Sequence[Shard]) -> None:
     for shard in shards:
         if out.resolve() in shard.path.resolve().parents:
             raise ReaderError(f"--out {out}: holds the input {shard.path}; name another folder")
+
+
+@contextmanager
+def _without_a_trace(out: Path) -> Iterator[None]:
+    """Remove the folders above `out` that are made in the block where the block fails."""
+    made = [folder for folder in out.absolute().parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # somebody else writes there too
+                folder.rmdir()
+        raise
 
 
 def _are_large(shards: Sequence[Shard]) -> bool:

@@ -31,6 +31,7 @@ from rc_ray.core.ranking import Ranker
 from rc_ray.core.weighting import UnlabeledPrompt, learn_weights, num_weighting_steps
 from rc_ray.engines import local_model_dir, prepare_process
 from rc_ray.errors import ArtifactError, UserError
+from rc_ray.shards import Stopwatch
 
 ADAPTER_NAMES = ("spirit", "ingredient")
 _NUM_CHECK_PROMPTS = 4
@@ -53,6 +54,7 @@ def _mix(order: dict[str, Any]) -> dict[str, Any]:
     config = MergeConfig.model_validate(
         {**order["config"]["merge"], "micro_batch_size": order["micro_batch_size"]}
     )
+    watch = Stopwatch()
     prepare_process(order["num_cpus"])
     device = "cuda" if order["use_gpu"] else "cpu"
     dtype = choose_dtype(order["config"]["model"]["dtype"], device)
@@ -120,6 +122,8 @@ def _mix(order: dict[str, Any]) -> dict[str, Any]:
             "last_entropy": float(np.mean([row["entropy"] for row in curve[-per_epoch:]])),
             "mean_ingredient_weight": float(np.mean([row[1] for row in weights.values()])),
             "fold_check": check,
+            "seconds": round(watch.lap(), 1),
+            "peak_memory_mb": round(watch.peak_memory_mb(), 1),
         }
         write_manifest(
             work,

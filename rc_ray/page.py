@@ -12,7 +12,7 @@ from rc_ray.config import BASELINES
 from rc_ray.findings import Findings
 from rc_ray.page_parts import score_cell, table
 from rc_ray.requests import CATALOGUE, MAIN
-from rc_ray.verdicts import HEADLINE, sentences
+from rc_ray.verdicts import HEADLINE, sentences, too_few_samples
 
 SPLITS = {
     "warm": "Items seen in training",
@@ -57,6 +57,9 @@ def _summary(findings: Findings) -> str:
     if data.spirit:
         parts.append(f"spirit from {', '.join(data.spirit)}")
     parts.append(f"domains {', '.join(data.ingredients)}")
+    num_seeds = experiment.evaluate.num_seeds
+    if num_seeds > 1 and "sasrec" in findings.results.systems():
+        parts.append(f"sasrec: mean over {num_seeds} seeds")
     parts.append(f"seed {experiment.seed}; rc_ray {__version__}.")
     return html.escape("; ".join(parts))
 
@@ -110,8 +113,10 @@ def _findings_list(findings: Findings) -> str:
         "needs a p-value below .05 after Holm's correction for all pairs of systems that were "
         "compared on the same users, list and metric."
     )
+    coarse = too_few_samples(findings.results, findings.experiment.evaluate.num_bootstrap)
+    warning = "" if coarse is None else f"<p><b>{_prose(coarse)}</b></p>"
     return (
-        f'<h2>Findings</h2><div class="card"><ul class="{style}">{items}</ul></div>'
+        f'<h2>Findings</h2><div class="card"><ul class="{style}">{items}</ul></div>{warning}'
         f'<p class="soft">{note}</p>'
     )
 

@@ -104,10 +104,10 @@ def probes(findings: Findings, domain: str) -> str:
 
 def difference_cell(difference: Difference) -> str:
     """A signed difference over its interval, bold where it is shown."""
-    value = f"{difference.value:+.3f}"
+    value = f"{difference.value:+z.3f}"
     if difference.outcome != "ties":
         value = f"<b>{value}</b>"
-    return f'{value}<span class="range">{difference.low:+.3f} to {difference.high:+.3f}</span>'
+    return f'{value}<span class="range">{difference.low:+z.3f} to {difference.high:+z.3f}</span>'
 
 
 def beyond_accuracy(findings: Findings, domain: str) -> str:
@@ -187,7 +187,8 @@ def costs(findings: Findings) -> str:
         rows.append((str(row.get("system", "")), cells))
     note = (
         "Seconds of one process. Lower layers that several systems share are run once, and their "
-        "time is divided among the systems; memory is the most that the scoring process ever held."
+        "time is divided among the systems; memory is the most main memory that the process ever "
+        "held."
     )
     return (
         '<h2 id="costs">Costs</h2><details class="card"><summary>tokens, seconds, memory</summary>'

@@ -12,7 +12,7 @@ from rc_ray.config import Experiment
 from rc_ray.findings import Findings, read_findings
 from rc_ray.progress import Progress
 from rc_ray.results import Results, Score
-from rc_ray.verdicts import HEADLINE, sentences
+from rc_ray.verdicts import HEADLINE, sentences, too_few_samples
 
 
 def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Path:
@@ -53,6 +53,8 @@ def markdown(findings: Findings) -> str:
     lines = [f"# {experiment.name}", ""]
     lines += [f"- {one}" for one in sentences(results, experiment.data.ingredients)]
     lines += ["", "In brackets: 95 % bootstrap intervals over users.", ""]
+    coarse = too_few_samples(results, experiment.evaluate.num_bootstrap)
+    lines += [coarse, ""] if coarse else []
     for domain in results.domains():
         for split in page.SPLITS:
             for candidates in results.lists(domain):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rc_ray.config import BASELINES
 from rc_ray.requests import CATALOGUE, MAIN
-from rc_ray.results import Difference, Outcome, Results
+from rc_ray.results import LEVEL, Difference, Outcome, Results
 
 HEADLINE = "HR@1"
 NAMES = {
@@ -151,7 +152,7 @@ def probe_sentences(results: Results, domain: str) -> list[str]:
         name = NAMES[asked[-1]]
         told = {"beats": "gains", "loses": "loses", "ties": "shows no difference"}
         verb = told[one.difference.outcome]
-        found.append(f"{words} {name} {verb} on `{domain}` ({_signed(one.difference)} {HEADLINE}).")
+        found.append(f"{words} {name} {verb} on `{domain}` ({HEADLINE} {_signed(one.difference)}).")
     return found
 
 
@@ -174,6 +175,22 @@ def sentences(results: Results, domains: Sequence[str]) -> list[str]:
         found.append(_of_catalogue(results, domain))
         found += probe_sentences(results, domain)
     return [sentence for sentence in found if sentence is not None]
+
+
+def too_few_samples(results: Results, num_bootstrap: int) -> str | None:
+    """Whether the bootstrap is too coarse for any pair of systems to differ after the correction.
+
+    Of B samples the smallest p-value is 1 / (B + 1), and Holm multiplies it by the number of pairs.
+    """
+    num_systems = max((len(results.systems(one)) for one in results.domains()), default=0)
+    num_pairs = num_systems * (num_systems - 1) // 2
+    if num_pairs / (num_bootstrap + 1) < LEVEL:
+        return None
+    return (
+        f"{num_bootstrap:,} bootstrap samples are too few for {num_pairs} pairs of systems: no "
+        f"corrected p-value can fall below .05. Set `evaluate.num_bootstrap` to at least "
+        f"{math.ceil(num_pairs / LEVEL):,}."
+    )
 
 
 def in_short(results: Results, domains: Sequence[str]) -> list[str]:
@@ -232,7 +249,7 @@ def _of_baselines(results: Results, domains: Sequence[str]) -> list[str]:
 
 
 def _signed(difference: Difference) -> str:
-    text = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    text = f"{difference.value:+z.3f} [{difference.low:+z.3f}, {difference.high:+z.3f}]"
     if difference.is_told_by_too_few:
         return f"{text}, too few users: {difference.num_users}"
     return text

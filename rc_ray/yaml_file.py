@@ -61,7 +61,7 @@ def explain(path: Path, error: ValidationError, model: type[BaseModel]) -> str:
     """What is wrong with a file that should hold a `model`, one line for each mistake."""
     lines = []
     for problem in error.errors():
-        location = ".".join(str(part) for part in problem["loc"]) or "the file"
+        location = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = _fields_at(model, problem["loc"][:-1])
             hint = f"; known fields: {', '.join(known)}" if known else ""
@@ -70,7 +70,8 @@ def explain(path: Path, error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"{path}: the field `{location}` is missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{path}: `{location}`: {message}")
+            # A rule across sections names the fields itself.
+            lines.append(f"{path}: `{location}`: {message}" if location else f"{path}: {message}")
     return "\n".join(lines)
 
 

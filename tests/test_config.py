@@ -60,3 +60,9 @@ def test_a_name_stays_a_name(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     for name in ("smollm2-135m-instruct", "owner/name"):
         assert load(path, (f"model.path={name}",)).model.path == name
+
+
+def test_a_rule_across_sections_names_its_fields_alone(path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(path, ("evaluate.probes=[popularity_negatives]",))
+    assert str(caught.value).startswith(f"{path}: `evaluate.probes` names popularity_negatives")

@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from rc_ray import artifacts, recipes, report
+from rc_ray import artifacts, charts, recipes, report
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError
-from rc_ray.findings import read_findings
+from rc_ray.findings import Findings, read_findings
 from rc_ray.page import render
+from rc_ray.page_parts import difference_cell
 from rc_ray.progress import Progress
 from rc_ray.results import Difference, Probed, Results, Score
 from rc_ray.verdicts import (
@@ -28,6 +29,7 @@ from rc_ray.verdicts import (
     overall,
     sentences,
     standing,
+    too_few_samples,
 )
 
 NASTY = "<script>alert('genre')</script>"
@@ -365,13 +367,40 @@ def test_probes_are_told_of_the_system_that_matters() -> None:
     }
     told = sentences(Results(base.scores, base.differences, probes), ["action"])
     assert (
-        "With the history shuffled the cocktail loses on `action` (-0.050 [-0.080, -0.020] HR@1)."
+        "With the history shuffled the cocktail loses on `action` (HR@1 -0.050 [-0.080, -0.020])."
         in told
     )
     assert any(
         one.startswith("With the candidates in another order the cocktail shows no difference")
         for one in told
     )
+
+
+def test_a_bootstrap_too_coarse_for_any_claim_is_told() -> None:
+    """Six systems are 15 pairs: 15 / (B + 1) < .05 needs B > 299."""
+    told = too_few_samples(results_of(), 299)
+    assert told is not None
+    assert "299 bootstrap samples are too few for 15 pairs of systems" in told
+    assert "`evaluate.num_bootstrap` to at least 300." in told
+    assert too_few_samples(results_of(), 300) is None
+
+
+def test_no_difference_has_no_sign() -> None:
+    none = Difference(-0.0, -0.0001, 0.0001, 100, 1.0)
+    assert difference_cell(none) == '+0.000<span class="range">+0.000 to +0.000</span>'
+
+
+def test_long_names_of_systems_stay_within_the_chart() -> None:
+    drawn = charts.intervals([charts.Interval("title_embedding", 0.5, 0.4, 0.6)])
+    place = re.search(r'<text[^>]*x="([\d.]+)"[^>]*>title_embedding<', drawn)
+    assert place is not None
+    # Set at its end; 12 px letters are at most 6.6 px wide on average in the page's fonts.
+    assert float(place[1]) >= 6.6 * len("title_embedding")
+
+
+def page_summary(findings: Findings) -> str:
+    """The line below the heading."""
+    return render(findings).partition('<p class="soft">')[2].partition("</p>")[0]
 
 
 def test_eight_domains_of_baselines_get_an_overview(experiment: Experiment) -> None:
@@ -386,6 +415,11 @@ def test_eight_domains_of_baselines_get_an_overview(experiment: Experiment) -> N
             {"domain": NASTY, "system": "base", "what": "catalogue", "proved": 0.5, "seconds": 1},
         ],
     )
+    assert "seeds" not in page_summary(findings)
+    settings = findings.experiment.evaluate.model_copy(update={"num_seeds": 3})
+    trained_thrice = findings.experiment.model_copy(update={"evaluate": settings})
+    findings = replace(findings, experiment=trained_thrice)
+    assert "sasrec: mean over 3 seeds" in page_summary(findings)
     page = render(findings)
     assert all(f'href="#on-{name}"' in page and f'id="on-{name}"' in page for name in names)
     assert page.count("<b>0.400</b>") == 2 * 8  # the best of both columns of each domain

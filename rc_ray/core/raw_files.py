@@ -6,9 +6,7 @@ value is wrong is the file read again, to tell its line.
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,20 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
-from rc_ray.errors import UserError
+from rc_ray.core.raw_text import (
+    Place,
+    QuoteCounter,
+    SourceError,
+    broken_line,
+    lines_from,
+    refuse_unclosed,
+)
+from rc_ray.core.readers.faults import listed
+
+__all__ = ["FractionalTimes", "SourceError", "csv_batches", "parquet_batches", "times"]
 
 BATCH_ROWS = 1 << 20
 _BLOCK_BYTES = 16 << 20
-
-Place = Callable[[int], str]
-"""Row of a batch, from 0 -> its place in the file: "line 17" or "row 17"."""
-
-
-class SourceError(UserError):
-    """A raw file cannot be used; the message names the file, the row or column, and the fix."""
 
 
 class FractionalTimes(SourceError):
@@ -58,9 +59,10 @@ def parquet_batches(
                 missing = [n for n in schema.names if n not in found and n not in optional]
                 if missing:
                     raise SourceError(
-                        f"{path}: the column `{missing[0]}` is missing; found: {', '.join(found)}"
+                        f"{path}: the column `{missing[0]}` is missing; found: {listed(found)}"
                     )
                 wanted = [name for name in schema.names if name in found]
+                _refuse_repeats(path, wanted, found)
                 for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
                     columns = {name: (name, batch.column(name)) for name in wanted}
                     yield _conform(path, columns, schema, _rows_from(start), start, by_order)
@@ -106,6 +108,7 @@ def csv_batches(
     try:
         blocks = pc_csv.ReadOptions(block_size=_BLOCK_BYTES)
         found = pc_csv.open_csv(path, read_options=blocks, parse_options=parse).schema.names
+        _refuse_repeats(path, wanted.values(), found)
         for name, column in wanted.items():
             if column not in found:
                 fix = (
@@ -114,11 +117,12 @@ def csv_batches(
                     else f"set `columns.{name}` or `delimiter` of the source"
                 )
                 raise SourceError(
-                    f"{path}: the column `{column}` is missing; found: {', '.join(found)}; {fix}"
+                    f"{path}: the column `{column}` is missing; found: {listed(found)}; {fix}"
                 )
         # Everything is read as text first: types are then ours to decide and to complain about.
+        text = QuoteCounter(path)
         reader = pc_csv.open_csv(
-            path,
+            pa.PythonFile(text, mode="r"),
             read_options=blocks,
             parse_options=parse,
             convert_options=pc_csv.ConvertOptions(
@@ -132,24 +136,38 @@ def csv_batches(
         for batch in reader:
             if not batch.num_rows:
                 continue
-            place = _lines_from(path, delimiter, atomic, start)
+            place = lines_from(path, delimiter, atomic, start)
             named = {name: (column, batch.column(column)) for name, column in wanted.items()}
             yield _conform(path, named, schema, place, start, by_order)
             start += batch.num_rows
+        # An odd number is the sign of a quote without an end, which swallows the rest of the file.
+        if not atomic and text.num_quotes % 2:
+            refuse_unclosed(path, delimiter)
     except pa.ArrowInvalid as error:
-        line = _broken_line(path, delimiter, atomic)
+        if not atomic and "straddl" in str(error):
+            refuse_unclosed(path, delimiter)
+        line = broken_line(path, delimiter, atomic)
         raise SourceError(
             f"{path}: {line}not readable as UTF-8 text with the delimiter {delimiter!r}: "
             f"{_one_line(error)}"
         ) from None
     except OSError as error:  # of a compressed file
-        line = _broken_line(path, delimiter, atomic)
+        line = broken_line(path, delimiter, atomic)
         raise SourceError(
             f"{path}: {line}the data is cut off or damaged here ({_one_line(error)}); fetch the "
             "file again"
         ) from None
     if not start:
         raise SourceError(f"{path}: has no rows")
+
+
+def _refuse_repeats(path: Path, wanted: Iterable[str], found: Sequence[str]) -> None:
+    for name in wanted:
+        if found.count(name) > 1:
+            raise SourceError(
+                f"{path}: the column `{name}` is there {found.count(name)} times; leave one of "
+                "them or rename the others"
+            )
 
 
 def _conform(
@@ -280,62 +298,6 @@ def _first_bad(values: pa.Array) -> int:
 
 def _rows_from(start: int) -> Place:
     return lambda row: f"row {start + row + 1}"
-
-
-def _lines_from(path: Path, delimiter: str, atomic: bool, start: int) -> Place:
-    def place(row: int) -> str:
-        records = _records(path, delimiter, atomic)
-        next(records, None)
-        for number, (line, _) in enumerate(records):
-            if number == start + row:
-                return f"line {line}"
-        return f"row {start + row + 1}"
-
-    return place
-
-
-def _records(path: Path, delimiter: str, atomic: bool) -> Iterator[tuple[int, list[str]]]:
-    """First line and values of every record, the header included; blank lines are none."""
-    with (
-        pa.input_stream(path, compression="detect") as raw,
-        io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
-    ):
-        reader = (
-            csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-            if atomic
-            else csv.reader(file, delimiter=delimiter)
-        )
-        line = 1
-        for record in reader:
-            if record:
-                yield line, record
-            line = reader.line_num + 1
-
-
-def _broken_line(path: Path, delimiter: str, atomic: bool) -> str:
-    """Where the first record has another number of values than the header or is no UTF-8.
-
-    Of compressed data that cannot be read on: the line that is no longer whole.
-    """
-    width, line = None, 0
-    try:
-        for line, record in _records(path, delimiter, atomic):
-            width = len(record) if width is None else width
-            if len(record) != width or any(not _is_text(value) for value in record):
-                return f"line {line}: "
-    except csv.Error:
-        return ""
-    except OSError:
-        return f"after line {line}: " if line else ""
-    return ""
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _one_line(error: BaseException) -> str:

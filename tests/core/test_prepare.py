@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from rc_ray import prepare
 from rc_ray.config import load
-from rc_ray.core.cleaning import DomainError
+from rc_ray.core import preparing
+from rc_ray.core.candidates import CandidateDrawer, Drawn
+from rc_ray.core.cleaning import CleanDomain, DomainError
 from rc_ray.core.domains import read_domain
+from rc_ray.core.histories import Histories
+from rc_ray.core.leaks import LeakError
 from rc_ray.core.sources import SourceError
+from rc_ray.core.splits import CaseTable, SplitDomain, split
 from rc_ray.progress import Progress
 from rc_ray.status import read_status
 from tests.tiny import make_domain
@@ -154,6 +161,46 @@ def test_cold_titles_and_users_of_an_ingredient_stay_out_of_the_spirit(experimen
     assert users
     assert not users & trained
     assert not users & set(pq.read_table(folder / "tools" / "train.parquet")["user_id"].to_pylist())
+
+
+@pytest.mark.parametrize("leaky", ["lamps", "tools"])
+def test_a_split_that_leaks_is_never_written(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch, leaky: str
+) -> None:
+    """A split that trains on the last item of everybody, in one domain of three."""
+
+    def split_with_targets(domain: CleanDomain, *arguments: Any) -> SplitDomain:
+        result = split(domain, *arguments)
+        if domain.name != leaky:
+            return result
+        return dataclasses.replace(result, train=Histories.of(list(domain.histories)))
+
+    monkeypatch.setattr(preparing, "split", split_with_targets)
+    with pytest.raises(LeakError, match=f"domain `{leaky}`, user `u000`: ") as caught:
+        run(experiment)
+    assert "\n" not in str(caught.value)
+    folder = experiment.parent / "runs" / "tiny" / "data"
+    # The spirit waits for what the ingredient domain holds out.
+    made = ["rivers", "tools"] if leaky == "lamps" else []
+    assert sorted(path.name for path in folder.glob("*")) == made
+
+
+def test_candidates_that_leak_are_never_written(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negatives from the user's own history, which a model would know from training."""
+    draw = CandidateDrawer.draw
+
+    def drawn_from_history(drawer: CandidateDrawer, name: str, cases: CaseTable) -> Drawn:
+        found = draw(drawer, name, cases)
+        place = 0 if found.candidates[0, 0] != cases.target[0] else 1
+        found.candidates[0, place] = cases.histories[0][0]
+        return found
+
+    monkeypatch.setattr(CandidateDrawer, "draw", drawn_from_history)
+    with pytest.raises(LeakError, match="domain `tools`, user `u000`: a negative of the cand"):
+        run(experiment)
+    assert not list((experiment.parent / "runs" / "tiny" / "data").iterdir())
 
 
 def test_spirit_domains_wait_for_the_ingredient_domains(experiment: Path) -> None:

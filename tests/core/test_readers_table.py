@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gzip
+import re
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def test_times_with_and_without_an_offset_in_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "words"),
     [
-        ({"timestamp": pa.array([2**64 - 1], pa.uint64())}, "row 1 or one of the 0 rows after it"),
+        ({"timestamp": pa.array([2**64 - 1], pa.uint64())}, "row 1: cannot be read: Integer value"),
         ({"user_id": pa.array([True])}, "row 1: `user_id` has the type bool; ids are text or"),
         ({"item_id": pa.array([["a"]])}, "row 1: `item_id` has the type list<"),
         ({"rating": pa.array([["a"]])}, "row 1: `rating` has the type list<"),
@@ -309,6 +310,15 @@ def test_parquet_columns_of_another_type(
     table = {"user_id": ["u"], "item_id": ["a"], "timestamp": [1], "rating": [1.5], **column}
     pq.write_table(pa.table(table), path)
     assert words in refused(path)
+
+
+def test_a_value_that_arrow_cannot_hold_is_found_among_many(tmp_path: Path) -> None:
+    times = [1] * 1000
+    times[617] = 2**64 - 1
+    table = {"user_id": ["u"] * 1000, "item_id": ["a"] * 1000}
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({**table, "timestamp": pa.array(times, pa.uint64())}), path)
+    assert refused(path).startswith("log.parquet: row 618: cannot be read: Integer value")
 
 
 def test_missing_ratings(tmp_path: Path) -> None:
@@ -346,6 +356,46 @@ def test_a_file_cut_off(name: str, suffix: str, tmp_path: Path) -> None:
     message = refused(path)
     assert "is cut off or damaged here" in message
     assert message.startswith(f"{name}{suffix}: line ")
+
+
+def test_a_file_cut_off_names_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the standard library sees it: the lines that can be unpacked, and the one that breaks."""
+    import random
+    import zlib
+
+    numbers = random.Random(0)
+    times = [str(numbers.randrange(10**9)) for _ in range(20_000)]
+    path = write(tmp_path / "log.csv.gz", csv(*times))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    unpacked = zlib.decompressobj(31).decompress(path.read_bytes())
+    last = unpacked.count(b"\n") + 1
+    for block_bytes in (4 << 20, 1 << 14):
+        monkeypatch.setattr(text, "BLOCK_BYTES", block_bytes)
+        found = re.match(r"log\.csv\.gz: line (\d+): the gzip data is cut off", refused(path))
+        assert found is not None
+        # The last bytes of a broken stream may not come out.
+        assert last - 10 <= int(found[1]) <= last
+
+
+def test_a_space_in_the_header_is_seen(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", "user_id, item_id,timestamp\nu, a,1\n")
+    assert "the column `item_id` (item_id) is missing; found: ' item_id', timestamp" in refused(
+        path
+    )
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_wanted_column_that_is_there_twice(suffix: str, tmp_path: Path) -> None:
+    names = ["user_id", "user_id", "item_id", "timestamp", "note", "note"]
+    path = tmp_path / f"log.{suffix}"
+    if suffix == "csv":
+        write(path, ",".join(names) + "\nu,v,a,1,x,y\n")
+    else:
+        columns = [pa.array([one]) for one in ("u", "v", "a", 1, "x", "y")]
+        pq.write_table(pa.Table.from_arrays(columns, names), path)
+    message = refused(path)
+    assert message.startswith(f"log.{suffix}: the column `user_id` (user_id) is there 2 times")
 
 
 def test_a_packed_file_without_the_suffix_and_the_reverse(tmp_path: Path) -> None:

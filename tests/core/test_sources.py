@@ -99,6 +99,32 @@ def test_bad_csv(tmp_path: Path, log: str | bytes, words: list[str]) -> None:
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("num_rows", [1, 100_000, 3_000_000])
+def test_an_unclosed_quote_swallows_nothing(tmp_path: Path, num_rows: int) -> None:
+    """In the last column the rest of the file would become one title, without a word."""
+    items = 'item_id,title\na,"L\nM"\nb,"N\n' + "c,OOO\n" * num_rows
+    with pytest.raises(SourceError, match=r"items\.csv: line 4: a value begins with a quote that"):
+        read(csv_source(tmp_path, LOG, items))
+
+
+def test_a_quote_within_a_value_is_a_character(tmp_path: Path) -> None:
+    items = 'item_id,title\na,Seven 7" single\nb,N\n'
+    _, found = read(csv_source(tmp_path, LOG, items))["shop"]
+    assert found["title"].to_pylist() == ['Seven 7" single', "N"]
+
+
+def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"items\.csv: the column `title` is there 2 times"):
+        read(csv_source(tmp_path, LOG, "item_id,title,title\na,L,M\n"))
+    columns = [pa.array([one]) for one in ("u", "v", "a", 1)]
+    names = ["user_id", "user_id", "item_id", "timestamp"]
+    pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / "interactions.parquet")
+    pq.write_table(pa.table({"item_id": ["a"], "title": ["L"]}), tmp_path / "items.parquet")
+    source = ParquetSource(format="parquet", domain="shop", path=tmp_path)
+    with pytest.raises(SourceError, match=r"interactions\.parquet: the column `user_id` is there"):
+        read(source)
+
+
 def compressed_source(folder: Path, data: bytes) -> CsvSource:
     (folder / "log.csv.gz").write_bytes(data)
     return csv_source(folder, LOG, ITEMS).model_copy(update={"interactions": folder / "log.csv.gz"})

@@ -87,6 +87,9 @@ def test_merge_then_evaluate(experiment: Experiment, screen: Screen) -> None:
     assert sizes == {("main", 10), ("catalogue", 42)}
     assert {row["num_users"] for row in results if row["candidates"] == "catalogue"} == {6}
     costs = json.loads((folder.evaluate_dir / "costs.json").read_text())
+    (mixed,) = [row for row in costs if row["system"] == "cocktail" and row["what"] == "training"]
+    assert mixed["seconds"] > 0
+    assert mixed["peak_memory_mb"] > 0
     searched = [row for row in costs if row["what"] == "catalogue"]
     assert len(searched) == 5
     assert all(row["proved"] == 1.0 and row["num_tokens"] > 0 for row in searched)

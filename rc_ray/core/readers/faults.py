@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rc_ray.errors import UserError
@@ -26,6 +27,11 @@ def shown(value: object) -> str:
     """A value from a file, short enough for an error line."""
     text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(value).split()))
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of columns; one that begins or ends with a space stands in quotes, to be seen."""
+    return ", ".join(shown(name) if name == name.strip() else repr(name)[:60] for name in names)
 
 
 def one_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from rc_ray.core.readers.batch import Batch, Kind
 from rc_ray.core.readers.columnar import Columnar
 from rc_ray.core.readers.conform import Conform
 from rc_ray.core.readers.delimited import Delimited
-from rc_ray.core.readers.faults import fault, one_line, shown
+from rc_ray.core.readers.faults import fault, listed, one_line
 from rc_ray.core.readers.json_lines import JsonLines
 from rc_ray.core.readers.layout import (
     ARCHIVES,
@@ -150,7 +150,7 @@ class ShardReader:
             try:
                 converted = convert(batch)
             except pa.ArrowException as error:
-                where = f"{batch.where(0)} or one of the {batch.num_rows - 1:,} rows after it"
+                where = batch.where(_first_bad(batch, convert))
                 raise fault(self._path, where, f"cannot be read: {one_line(error)}") from None
             self._tick(0, batch.num_rows)
             if first and names is not None:
@@ -183,12 +183,21 @@ class ShardReader:
                 )
 
     def _columns_of(self, header: list[str]) -> dict[str, tuple[str, ...]]:
-        """Field -> columns that the header has."""
+        """Field -> columns that the header has, each once."""
         found = {
             field: tuple(column for column in columns if column in header)
             for field, columns in self._layout.columns.items()
         }
         self._refuse_absent(found, set(header))
+        for field, columns in found.items():
+            for column in columns:
+                if header.count(column) > 1:
+                    raise fault(
+                        self._path,
+                        "",
+                        f"the column `{column}` ({field}) is there {header.count(column)} times; "
+                        "leave one of them or rename the others",
+                    )
         return found
 
     def _refuse_absent(
@@ -200,7 +209,7 @@ class ShardReader:
         for field in REQUIRED[self._layout.role]:
             if (names | spared).isdisjoint(columns.get(field, ())):
                 asked = " or ".join(f"`{name}`" for name in self._layout.columns.get(field, ()))
-                found = ", ".join(map(shown, sorted(names)[:20]))
+                found = listed(sorted(names)[:20])
                 raise fault(
                     self._path,
                     "",
@@ -211,6 +220,25 @@ class ShardReader:
         if self._layout.free:
             return f"name the right one with `--column {field}=NAME`"
         return "is the file of another format or release? `table` takes a map of columns"
+
+
+def _first_bad(batch: Batch, convert: Callable[[Batch], Any]) -> int:
+    """The first row that cannot be converted, by halving."""
+    start, end = 0, batch.num_rows
+    while end - start > 1:
+        middle = (start + end) // 2
+        try:
+            convert(_part(batch, start, middle))
+        except pa.ArrowException:
+            end = middle
+        else:
+            start = middle
+    return start
+
+
+def _part(batch: Batch, start: int, end: int) -> Batch:
+    columns = {name: column.slice(start, end - start) for name, column in batch.columns.items()}
+    return Batch(columns, end - start, lambda row: batch.where(start + row))
 
 
 def _flat(columns: Mapping[str, tuple[str, ...]]) -> list[str]:

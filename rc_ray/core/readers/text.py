@@ -15,6 +15,7 @@ from rc_ray.core.readers.faults import fault, one_line
 
 BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 256 << 20
+_BITE_BYTES = 64
 _BOM = b"\xef\xbb\xbf"
 _CODECS = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"))
 
@@ -108,7 +109,7 @@ class TextFile:
             codec = next((name for magic, name in _CODECS if head.startswith(magic)), None)
             if codec is not None:
                 stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), codec)
-            lines = 1
+            num_chunks = 0
             while True:
                 try:
                     chunk: bytes = stream.read(BLOCK_BYTES)
@@ -117,14 +118,35 @@ class TextFile:
                         raise
                     raise fault(
                         self.path,
-                        f"line {lines}",
+                        f"line {self._broken_line(codec, num_chunks)}",
                         f"the {codec} data is cut off or damaged here ({one_line(error)}); "
                         "fetch the file again",
                     ) from None
                 if not chunk:
                     break
                 yield chunk
-                lines += chunk.count(b"\n")
+                num_chunks += 1
+
+    def _broken_line(self, codec: str, num_chunks: int) -> int:
+        """The line in which packed data breaks off, found by reading it again in small bites.
+
+        Args:
+            codec: how it is packed.
+            num_chunks: chunks of `BLOCK_BYTES` that can be read.
+        """
+        line = 1
+        with (
+            self.path.open("rb") as file,
+            pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec) as stream,
+        ):
+            for _ in range(num_chunks):
+                line += stream.read(BLOCK_BYTES).count(b"\n")
+            try:
+                while bite := stream.read(_BITE_BYTES):
+                    line += bite.count(b"\n")
+            except OSError:
+                pass
+        return line
 
     def _note(self, data: bytes) -> None:
         self._hash.update(data)
