@@ -21,6 +21,7 @@ from pydantic import (
 from rc_ray.baselines_config import ItemKnnConfig, SasrecConfig, TitleEmbeddingConfig
 from rc_ray.data_config import DataConfig, Section
 from rc_ray.errors import ConfigError
+from rc_ray.tracking import TrackingConfig
 from rc_ray.training_config import TrainConfig
 from rc_ray.tune_config import TuneConfig
 from rc_ray.yaml_file import apply_override, explain, read_mapping
@@ -153,6 +154,7 @@ class Experiment(Section):
     merge: MergeConfig = MergeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _one_form(self) -> Experiment:

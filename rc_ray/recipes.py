@@ -164,5 +164,7 @@ def evaluation(experiment: Experiment) -> Recipe:
 
 
 def report(experiment: Experiment) -> Recipe:
-    settings = experiment.model_dump(mode="json", exclude={"serve": True, **_EXECUTION})
+    settings = experiment.model_dump(
+        mode="json", exclude={"serve": True, "tracking": True, **_EXECUTION}
+    )
     return Recipe({**settings, "version": __version__}, ("evaluate",))

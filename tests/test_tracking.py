@@ -1,0 +1,132 @@
+"""Curves in TensorBoard's and MLflow's own files, read back by their own readers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rc_ray import tracking
+from rc_ray.errors import ConfigError
+from rc_ray.tracking import TrackingConfig
+
+
+def log_some(config: TrackingConfig, run_dir: Path, steps: range, name: str = "spirit") -> None:
+    with tracking.tracked(
+        config,
+        run_dir,
+        name=name,
+        fingerprint=f"of {name}",
+        start_step=steps.start,
+        parameters={"lora": {"rank": 4}},
+    ) as log:
+        for step in steps:
+            log({"step": step, "loss": 10.0 - step, "note": "no number"})
+
+
+def scalars(folder: Path) -> list[tuple[int, str, float]]:
+    """What the event files hold, in the order of writing; a restart's mark is step and `start`."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.rglob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:  # length (8), its checksum (4), the record, its checksum (4)
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.HasField("session_log"):
+                found.append((event.step, "start", float(event.session_log.status)))
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return found
+
+
+def test_tensorboard_drops_what_a_stopped_run_had_logged_too_far(tmp_path: Path) -> None:
+    config = TrackingConfig(tensorboard=True)
+    log_some(config, tmp_path / "shop", range(4))
+    assert scalars(tmp_path / "shop" / "tensorboard" / "spirit") == [
+        (step, "loss", 10.0 - step) for step in range(4)
+    ]
+    log_some(config, tmp_path / "shop", range(2, 4))
+    everything = scalars(tmp_path / "shop" / "tensorboard" / "spirit")
+    assert [row for row in everything if row[1] == "start"] == [(2, "start", 1.0)]
+
+
+def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "store").as_uri()
+    config = TrackingConfig(mlflow=uri)
+    log_some(config, tmp_path / "shop", range(3))
+    log_some(config, tmp_path / "shop", range(3, 5))
+    log_some(config, tmp_path / "shop", range(1), "ingredients/toys")
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("shop")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs.keys() == {"spirit", "ingredients/toys"}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert runs["spirit"].data.params == {"lora/rank": "4"}
+    history = client.get_metric_history(runs["spirit"].info.run_id, "loss")
+    assert [(one.step, one.value) for one in history] == [(s, 10.0 - s) for s in range(5)]
+
+
+def test_several_curves_are_open_at_once_and_a_failed_one_says_so(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "store").as_uri()
+    common: dict[str, Any] = {"start_step": 0, "parameters": {}}
+    config = TrackingConfig(mlflow=uri)
+
+    def fail() -> None:
+        with (
+            tracking.tracked(config, tmp_path, name="a", fingerprint="1", **common) as first,
+            tracking.tracked(config, tmp_path, name="b", fingerprint="2", **common) as second,
+        ):
+            first({"step": 0, "loss": 1.0})
+            second({"step": 0, "loss": 2.0})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name(tmp_path.name)
+    runs = client.search_runs([experiment.experiment_id])
+    found = {run.info.run_name: (run.info.status, run.data.metrics["loss"]) for run in runs}
+    assert found == {"a": ("FAILED", 1.0), "b": ("FAILED", 2.0)}
+
+
+def test_off_means_nothing_is_written(tmp_path: Path) -> None:
+    log_some(TrackingConfig(), tmp_path / "shop", range(2))
+    assert tracking.prepare(TrackingConfig(), tmp_path / "shop") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_curves_are_is_told(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "store").as_uri()
+    config = TrackingConfig(tensorboard=True, mlflow=uri)
+    for _ in range(2):  # an experiment that is there already is taken
+        assert tracking.prepare(config, tmp_path / "shop") == [
+            f"curves: tensorboard --logdir {tmp_path / 'shop' / 'tensorboard'}",
+            f"curves: the experiment shop of MLflow at {uri}",
+        ]
+    assert mlflow.MlflowClient(uri).get_experiment_by_name("shop") is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "absent", "message"),
+    [
+        ({"mlflow": "mlruns"}, None, r"`tracking.mlflow` is 'mlruns', which is no URI.*file:///"),
+        ({"mlflow": "http://tracking:5000"}, "mlflow", r"needs the package mlflow; install"),
+        ({"mlflow": "nowhere://tracking"}, None, r"`tracking.mlflow`: nowhere://tracking cannot"),
+        ({"tensorboard": True}, "tensorboardX", r"needs the package tensorboardX; install"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    settings: dict[str, Any], absent: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if absent is not None:
+        monkeypatch.setattr(tracking, "find_spec", lambda name: None if name == absent else sys)
+    with pytest.raises(ConfigError, match=message) as error:
+        tracking.prepare(TrackingConfig.model_validate(settings), Path("shop"))
+    assert "\n" not in str(error.value)
