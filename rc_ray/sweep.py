@@ -49,7 +49,6 @@ def fit(
     scheduler: Any = None,
     searcher: Any = None,
     num_samples: int = 1,
-    callbacks: Sequence[Any] = (),
     note: Callable[[str], None] = print,
 ) -> dict[Path, str]:
     """Run trials to their ends.
@@ -64,7 +63,6 @@ def fit(
         scheduler: stops trials early; None runs all to their ends.
         searcher: gives orders on the way, in place of `orders`.
         num_samples: how many the searcher gives.
-        callbacks: for Tune's `RunConfig`.
         note: is told when a sweep is gone on with.
 
     Returns:
@@ -102,7 +100,6 @@ def fit(
                 storage_path=str(books.parent),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=MAX_RESTARTS),
-                callbacks=list(callbacks) or None,
             ),
         )
     else:

@@ -130,6 +130,8 @@ def trial_config(
     return {
         "domain": trial.domain,
         "label": trial.label,
+        "run_dir": str(folder.root),
+        "tracking": experiment.tracking.model_dump(mode="json"),
         "seed": experiment.seed,
         "num_listed": experiment.data.num_negatives,
         "model": experiment.model.model_dump(mode="json"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import StepMetrics, TrainingPlan
 from rc_ray.engines import prepare_process
 from rc_ray.errors import ArtifactError
+from rc_ray.tracking import Log, tracked_trial
 from rc_ray.training_config import TrainingConfig
 from rc_ray.trial import (
     CHECKPOINT,
@@ -94,6 +96,8 @@ class _Group:
         self._orders = {order["folder"]: order for order in orders}
         self._fail_order = fail
         self._setting = TrainingConfig.model_validate(orders[0]["setting"])
+        self._open = ExitStack()
+        self._curves: dict[str, Log] = {}
 
     @property
     def left(self) -> list[Order]:
@@ -124,6 +128,9 @@ class _Group:
                     self._fail(name, error)
                     bank.remove(name)
                     del members[name]
+            for name, member in members.items():
+                curve = tracked_trial(self._orders[name], member.num_steps_done)
+                self._curves[name] = self._open.enter_context(curve)
             training = JointTraining(lm, bank, members, tokens_per_pass=first["tokens_per_pass"])
             while training.active:
                 for name, metrics in training.step().items():
@@ -134,6 +141,7 @@ class _Group:
                         training.drop(name)
             return {name: training.result(name) for name in training.members}
         finally:
+            self._open.close()
             bank.unload()
             lm.model.eval()
 
@@ -157,6 +165,7 @@ class _Group:
         order, member = self._orders[name], training.members[name]
         with (Path(name) / "metrics.jsonl").open("a", encoding="utf-8") as log:
             write_step(log, metrics, self._setting)
+        self._curves[name](metrics)
         if member.finished or member.num_steps_done % order["checkpoint_every"] == 0:
             with replaced_dir(Path(name) / CHECKPOINT) as work:
                 write_state(work, _state(training, name, order["model"]["path"]))

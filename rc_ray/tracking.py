@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,7 @@ def tracked(
             client, run_id = _mlflow_run(
                 config.mlflow, run_dir.name, name, fingerprint, dict(parameters)
             )
-            stack.push(
-                lambda kind, *_: client.set_terminated(run_id, "FAILED" if kind else "FINISHED")
-            )
+            stack.push(lambda kind, *_: client.set_terminated(run_id, _status(kind)))
 
             def to_mlflow(step: int, values: dict[str, float]) -> None:
                 for key, value in values.items():
@@ -123,6 +121,24 @@ def tracked(
                 one(int(row["step"]), values)
 
         yield log
+
+
+def tracked_trial(trial: Mapping[str, Any], start_step: int) -> AbstractContextManager[Log]:
+    """The same for a trial of the sweep, of its order."""
+    return tracked(
+        TrackingConfig.model_validate(trial["tracking"]),
+        Path(trial["run_dir"]),
+        name=curve_name(trial),
+        fingerprint=trial["training_fingerprint"],
+        start_step=start_step,
+        parameters=trial["setting"],
+    )
+
+
+def curve_name(trial: Mapping[str, Any]) -> str:
+    """Of a trial's order: its domain and setting, as far as the sweep searches."""
+    label = trial["label"] or "trial"
+    return f"ingredients/{trial['domain']}/{label.replace('/', '_').replace(' ', ',')}"
 
 
 def _make_experiment(uri: str, name: str) -> None:
@@ -179,6 +195,13 @@ def _mlflow_run(
     run = mlflow.active_run()
     mlflow.end_run(status="RUNNING")  # no longer the process's only one, but not over
     return client, run.info.run_id
+
+
+def _status(error: type[BaseException] | None) -> str:
+    """MLflow's word for how a run ended; one that a scheduler stopped is not a failure."""
+    if error is None:
+        return "FINISHED"
+    return "FAILED" if issubclass(error, Exception) else "KILLED"
 
 
 def _allow_folders(uri: str) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rc_ray import artifacts, recipes
+from rc_ray import artifacts, recipes, tracking
 from rc_ray.artifacts import RunFolder
 from rc_ray.checkpoints import CheckpointStore, check_model, model_shape, read_state
 from rc_ray.config import Experiment
@@ -59,6 +59,8 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         console.note(f"{folder.spirit_dir} is up to date")
         return folder.spirit_dir
     check_request(experiment.train)
+    for line in tracking.prepare(experiment.tracking, folder.root):
+        console.note(line)
     model_dir = _checked_model(experiment, console)
     work = folder.root / ".spirit.work"
     name = wanted[:16]
@@ -218,6 +220,10 @@ class _Job:
             "model": experiment.model.model_dump(mode="json"),
             "model_dir": str(self.model_dir),
             "domain_dirs": [str(self.folder.domain_dir(name)) for name in experiment.data.spirit],
+            "tracking": experiment.tracking.model_dump(mode="json"),
+            "run_dir": str(self.folder.root),
+            "curve": "spirit",
+            "fingerprint": self.name,
             "storage": self.storage,
             "run_name": self.run_name,
         }

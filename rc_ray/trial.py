@@ -25,6 +25,7 @@ from rc_ray.core.training import StepMetrics
 from rc_ray.curves import read_metrics, summary, write_metrics
 from rc_ray.engines import build_learner, check_trained, local_model_dir, prepare_process
 from rc_ray.errors import UserError
+from rc_ray.tracking import tracked_trial
 from rc_ray.training_config import TrainingConfig
 
 WORKERS = ".workers"
@@ -189,9 +190,13 @@ def _train(
     try:
         if learner.start_step == 0:
             (folder / "metrics.jsonl").unlink(missing_ok=True)
-        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        with (
+            (folder / "metrics.jsonl").open("a", encoding="utf-8") as log,
+            tracked_trial(trial, learner.start_step) as curve,
+        ):
             for metrics in learner.steps():
                 write_step(log, metrics, setting)
+                curve(metrics)
                 num_done = metrics["step"] + 1
                 if num_done % trial["checkpoint_every"] == 0 or learner.finished:
                     with replaced_dir(checkpoint) as work:

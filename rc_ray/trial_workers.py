@@ -14,6 +14,7 @@ from rc_ray.checkpoints import CheckpointStore, read_state
 from rc_ray.core.adapters import load_adapter, save_adapter
 from rc_ray.curves import write_metrics
 from rc_ray.errors import UserError
+from rc_ray.tracking import curve_name
 from rc_ray.training_config import TrainConfig, TrainingConfig
 from rc_ray.trial import WORKERS, train_ingredient
 
@@ -89,6 +90,10 @@ def _train(trial: dict[str, Any], folder: Path) -> None:
             "model": trial["model"],
             "model_dir": trial["model_dir"],
             "domain_dirs": [trial["domain_dir"]],
+            "tracking": trial["tracking"],
+            "run_dir": trial["run_dir"],
+            "curve": curve_name(trial),
+            "fingerprint": trial["training_fingerprint"],
             "storage": storage,
             "run_name": run_name,
         },

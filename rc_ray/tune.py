@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rc_ray import artifacts, recipes
+from rc_ray import artifacts, recipes, tracking
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.curves import read_metrics
@@ -227,6 +227,8 @@ def _fit(
     from rc_ray.trial_process import run_group, run_trial
 
     config = experiment.tune
+    for line in tracking.prepare(experiment.tracking, folder.root):
+        console.note(line)
     model = model_dir(experiment.model.path, console.note)
     request = _request(experiment, folder, model, left, trials)
     num_slots = _num_slots(experiment, request)

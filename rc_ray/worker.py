@@ -16,6 +16,7 @@ from rc_ray.core.domains import read_domain
 from rc_ray.core.model import choose_dtype, load_language_model
 from rc_ray.engines import Learner, build_learner, local_model_dir, prepare_process, sum_over_ranks
 from rc_ray.errors import ArtifactError, UserError
+from rc_ray.tracking import Log, TrackingConfig, tracked
 from rc_ray.training_config import TrainConfig
 from rc_ray.zero import sharded_loading
 
@@ -45,7 +46,17 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     if learner is None:
         return {"error": problem}
     notes = [*(found.notes if found else ()), *([learner.note] if learner.note else [])]
-    return _train(learner, config, notes)
+    # One process logs; the others' losses are summed into its own.
+    on = TrackingConfig.model_validate(settings["tracking"]) if rank == 0 else TrackingConfig()
+    with tracked(
+        on,
+        Path(settings["run_dir"]),
+        name=settings["curve"],
+        fingerprint=settings["fingerprint"],
+        start_step=learner.start_step,
+        parameters=settings["train"],
+    ) as curve:
+        return _train(learner, config, notes, curve)
 
 
 def _build(
@@ -94,7 +105,7 @@ def _build(
     return learner, None
 
 
-def _train(learner: Learner, config: TrainConfig, notes: list[str]) -> dict[str, Any]:
+def _train(learner: Learner, config: TrainConfig, notes: list[str], curve: Log) -> dict[str, Any]:
     rows: list[dict[str, Any]] = [{"note": note} for note in notes]
     last_report = time.monotonic()
     for metrics in learner.steps():
@@ -121,6 +132,7 @@ def _train(learner: Learner, config: TrainConfig, notes: list[str]) -> dict[str,
             "seconds": metrics["seconds"],
             **({} if valid_loss is None else {"valid_loss": valid_loss}),
         }
+        curve(row)
         rows.append(row)
         learner.rows.append(row)
         num_done = step + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,13 @@ from typing import Any
 import pytest
 
 from rc_ray import tracking
+from rc_ray.artifacts import RunFolder
 from rc_ray.errors import ConfigError
+from rc_ray.sweep_plan import plan_trials, trial_config
+from rc_ray.together import train_group
 from rc_ray.tracking import TrackingConfig
+from rc_ray.trial import train_ingredient
+from tests.conftest import Factory
 
 
 def log_some(config: TrackingConfig, run_dir: Path, steps: range, name: str = "spirit") -> None:
@@ -52,6 +58,35 @@ def test_tensorboard_drops_what_a_stopped_run_had_logged_too_far(tmp_path: Path)
     log_some(config, tmp_path / "shop", range(2, 4))
     everything = scalars(tmp_path / "shop" / "tensorboard" / "spirit")
     assert [row for row in everything if row[1] == "start"] == [(2, "start", 1.0)]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_trials_log_each_step_alone_and_in_groups(make_run: Factory, grouped: bool) -> None:
+    experiment = make_run(
+        "data.ingredients=[tools,lamps]",
+        "data.spirit=[rivers]",
+        "tune.num_steps=3",
+        "tune.search={learning_rate: [0.01, 0.02]}",
+        "tracking.tensorboard=true",
+    )
+    run_dir = experiment.run_dir
+    orders = [
+        trial_config(experiment, RunFolder(run_dir), trial, Path(experiment.model.path))
+        for domain in ("tools", "lamps")
+        for trial in plan_trials(experiment, RunFolder(run_dir), domain, run_dir / "work")[:1]
+    ]
+    if grouped:
+        assert train_group(orders) == []
+    else:
+        for order in orders:
+            train_ingredient(order)
+    for order in orders:
+        path = Path(order["folder"]) / "metrics.jsonl"
+        losses = [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+        curve = run_dir / "tensorboard" / "ingredients" / order["domain"] / "learning_rate=0.01"
+        logged = [row for row in scalars(curve) if row[1] == "loss"]
+        assert [row[0] for row in logged] == [0, 1, 2]
+        assert [row[2] for row in logged] == pytest.approx(losses)
 
 
 def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:

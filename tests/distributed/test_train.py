@@ -66,10 +66,15 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_local: None, make_run) -> tuple[Experiment, Path]:
+def store_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return (tmp_path_factory.mktemp("tracking") / "store").as_uri()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_local: None, make_run, store_uri: str) -> tuple[Experiment, Path]:
     from tests.conftest import Screen
 
-    experiment = make_run(*SETTINGS)
+    experiment = make_run(*SETTINGS, f"tracking.mlflow={store_uri}")
     return experiment, run(experiment, Screen())
 
 
@@ -97,6 +102,18 @@ def test_two_workers_follow_the_curve_of_one_process(undisturbed) -> None:
     for name, pair in adapter.modules.items():
         torch.testing.assert_close(pair.a, wanted.modules[name].a, atol=2e-3, rtol=0)
         torch.testing.assert_close(pair.b, wanted.modules[name].b, atol=2e-3, rtol=0)
+
+
+def test_one_worker_logs_the_sum_over_all(undisturbed, store_uri: str) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    _, folder = undisturbed
+    client = mlflow.MlflowClient(store_uri)
+    (run_of_spirit,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert run_of_spirit.info.status == "FINISHED"
+    logged = client.get_metric_history(run_of_spirit.info.run_id, "loss")
+    assert [(one.step, one.value) for one in logged] == [
+        (row["step"], row["loss"]) for row in rows(folder)
+    ]
 
 
 def test_a_finished_spirit_is_sealed_and_stands(undisturbed, screen) -> None:
