@@ -38,6 +38,10 @@ from rc_ray.errors import ArtifactError
 from rc_ray.training_config import LoraConfig
 
 
+_MIN_TURNS, _MAX_TURNS = 3, 40
+"""Of timing a product, see `choose_dtype`."""
+
+
 class AdapterMix:
     """Adapters that act together: per linear layer the sum of `weight * scale * b @ a`.
 
@@ -310,17 +314,34 @@ def choose_dtype(setting: str, device: str | torch.device = "cpu") -> torch.dtyp
         return dtype
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    seconds = {}
-    for candidate in (torch.float32, torch.bfloat16):
-        x = torch.ones(128, 512, dtype=candidate)
-        y = torch.ones(512, 512, dtype=candidate)
-        x @ y
-        # The shortest of several: whatever else the machine does can only lengthen one.
-        seconds[candidate] = min(_seconds_of(x, y) for _ in range(5))
+    return torch.bfloat16 if _is_bfloat16_faster() else torch.float32
+
+
+def _is_bfloat16_faster() -> bool:
+    """Time products of one thread, in turns: the shortest of each, for others only lengthen them.
+
+    With several threads each product would wait for the one that shares its core, and a run that is
+    started again could choose otherwise.
+    """
+    matrices = {
+        dtype: (torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    shortest = dict.fromkeys(matrices, float("inf"))
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for x, y in matrices.values():
+            x @ y
+        for turn in range(_MAX_TURNS):
+            for dtype, (x, y) in matrices.items():
+                shortest[dtype] = min(shortest[dtype], _seconds_of(x, y))
+            if turn >= _MIN_TURNS and shortest[torch.bfloat16] > 4 * shortest[torch.float32]:
+                break  # emulated, a hundred times slower: no need to look for long
+    finally:
+        torch.set_num_threads(num_threads)
     # bf16 costs accuracy: it must be clearly faster, not by a timer's whim.
-    return (
-        torch.bfloat16 if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else torch.float32
-    )
+    return shortest[torch.bfloat16] < 0.7 * shortest[torch.float32]
 
 
 def _seconds_of(x: Tensor, y: Tensor) -> float:
