@@ -37,7 +37,6 @@ from rc_ray.core.adapters import Adapter, first_line
 from rc_ray.errors import ArtifactError
 from rc_ray.training_config import LoraConfig
 
-
 _MIN_TURNS, _MAX_TURNS = 3, 40
 """Of timing a product, see `choose_dtype`."""
 
