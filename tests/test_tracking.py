@@ -53,11 +53,12 @@ def test_tensorboard_drops_what_a_stopped_run_had_logged_too_far(tmp_path: Path)
     config = TrackingConfig(tensorboard=True)
     log_some(config, tmp_path / "shop", range(4))
     assert scalars(tmp_path / "shop" / "tensorboard" / "spirit") == [
-        (step, "loss", 10.0 - step) for step in range(4)
+        (0, "start", 1.0),  # of a run that was killed before its first checkpoint
+        *((step, "loss", 10.0 - step) for step in range(4)),
     ]
     log_some(config, tmp_path / "shop", range(2, 4))
     everything = scalars(tmp_path / "shop" / "tensorboard" / "spirit")
-    assert [row for row in everything if row[1] == "start"] == [(2, "start", 1.0)]
+    assert [row[0] for row in everything if row[1] == "start"][-1] == 2
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -128,6 +129,68 @@ def test_several_curves_are_open_at_once_and_a_failed_one_says_so(tmp_path: Path
     runs = client.search_runs([experiment.experiment_id])
     found = {run.info.run_name: (run.info.status, run.data.metrics["loss"]) for run in runs}
     assert found == {"a": ("FAILED", 1.0), "b": ("FAILED", 2.0)}
+
+
+def test_a_server_that_dies_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "store").as_uri()
+    monkeypatch.setattr(tracking, "_PAUSE_S", 0.0)
+    original, calls = mlflow.MlflowClient.log_batch, []
+
+    def failing(self: Any, *arguments: Any, **named: Any) -> None:
+        calls.append(len(calls))
+        if len(calls) in (2, 3):
+            raise mlflow.exceptions.MlflowException("Max retries exceeded\nand so on")
+        original(self, *arguments, **named)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", failing)
+    log_some(TrackingConfig(mlflow=uri), tmp_path / "shop", range(5))
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(one.step, one.value) for one in history] == [(s, 10.0 - s) for s in (0, 3, 4)]
+    assert run.info.status == "FINISHED"
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == "rc_ray.tracking"]
+    assert warning.startswith(f"MLflow at {uri} fails (MlflowException: Max retries exceeded); the")
+
+
+def test_a_server_that_is_down_when_a_worker_starts_is_asked_again_after_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "store").as_uri()
+    now, attempts, original = [1000.0], [], tracking._mlflow_run
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+
+    def starting(*arguments: Any) -> Any:
+        attempts.append(now[0])
+        if now[0] < 1100.0:
+            raise OSError("refused")
+        return original(*arguments)
+
+    monkeypatch.setattr(tracking, "_mlflow_run", starting)
+    common: dict[str, Any] = {"fingerprint": "1", "start_step": 0, "parameters": {}}
+    with tracking.tracked(TrackingConfig(mlflow=uri), tmp_path, name="a", **common) as log:
+        for step in range(4):
+            log({"step": step, "loss": 1.0})
+            now[0] += tracking._PAUSE_S / 2
+    assert attempts == [1000.0, 1000.0 + tracking._PAUSE_S]
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [2, 3]
+
+
+def test_a_full_disk_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("tensorboardX.SummaryWriter", full)
+    log_some(TrackingConfig(tensorboard=True), tmp_path / "shop", range(3))
+    assert "TensorBoard fails (OSError: No space left on device)" in caplog.text
 
 
 def test_off_means_nothing_is_written(tmp_path: Path) -> None:
