@@ -65,6 +65,7 @@ def train_group(orders: Sequence[Order]) -> list[Path]:
     unfinished = [order for order in orders if not _is_finished(order)]
     for order in unfinished:
         folder = Path(order["folder"])
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             if sealed_adapter(order, folder) is None:
                 ready.append(order)
@@ -96,8 +97,7 @@ class _Group:
         self._orders = {order["folder"]: order for order in orders}
         self._fail_order = fail
         self._setting = TrainingConfig.model_validate(orders[0]["setting"])
-        self._open = ExitStack()
-        self._curves: dict[str, Log] = {}
+        self._curves: dict[str, tuple[ExitStack, Log]] = {}
 
     @property
     def left(self) -> list[Order]:
@@ -120,17 +120,17 @@ class _Group:
         seeds = {name: self._orders[name]["seed"] for name in plans}
         bank = LoraBank(lm.model, self._setting.lora, seeds)
         try:
-            members = {name: make_member(lm, bank, name, plan) for name, plan in plans.items()}
-            for name, member in list(members.items()):
+            members: dict[str, Member] = {}
+            for name, plan in plans.items():
                 try:
+                    member = make_member(lm, bank, name, plan)
                     self._resume(lm, bank, name, member)
                 except Exception as error:
                     self._fail(name, error)
                     bank.remove(name)
-                    del members[name]
-            for name, member in members.items():
-                curve = tracked_trial(self._orders[name], member.num_steps_done)
-                self._curves[name] = self._open.enter_context(curve)
+                else:
+                    members[name] = member
+                    self._open_curve(name, member.num_steps_done)
             training = JointTraining(lm, bank, members, tokens_per_pass=first["tokens_per_pass"])
             while training.active:
                 for name, metrics in training.step().items():
@@ -139,14 +139,34 @@ class _Group:
                     except Exception as error:
                         self._fail(name, error)
                         training.drop(name)
+            for name in list(self._curves):
+                self._close_curve(name)
             return {name: training.result(name) for name in training.members}
+        except BaseException as error:
+            for name in list(self._curves):
+                self._close_curve(name, error)
+            raise
         finally:
-            self._open.close()
             bank.unload()
             lm.model.eval()
 
     def _fail(self, name: str, error: Exception) -> None:
+        self._close_curve(name, error)
         self._fail_order(self._orders.pop(name), error)
+
+    def _open_curve(self, name: str, start_step: int) -> None:
+        stack = ExitStack()
+        log = stack.enter_context(tracked_trial(self._orders[name], start_step))
+        self._curves[name] = stack, log
+
+    def _close_curve(self, name: str, error: BaseException | None = None) -> None:
+        """End a curve, as failed where there is an error."""
+        if name in self._curves:
+            stack, _ = self._curves.pop(name)
+            if error is None:
+                stack.close()
+            else:
+                stack.__exit__(type(error), error, error.__traceback__)
 
     def _plan(self, lm: LanguageModel, order: Order) -> TrainingPlan:
         return TrainingPlan(
@@ -165,7 +185,7 @@ class _Group:
         order, member = self._orders[name], training.members[name]
         with (Path(name) / "metrics.jsonl").open("a", encoding="utf-8") as log:
             write_step(log, metrics, self._setting)
-        self._curves[name](metrics)
+        self._curves[name][1](metrics)
         if member.finished or member.num_steps_done % order["checkpoint_every"] == 0:
             with replaced_dir(Path(name) / CHECKPOINT) as work:
                 write_state(work, _state(training, name, order["model"]["path"]))

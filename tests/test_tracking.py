@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rc_ray import tracking
+from rc_ray import together, tracking
 from rc_ray.artifacts import RunFolder
 from rc_ray.errors import ConfigError
 from rc_ray.sweep_plan import plan_trials, trial_config
@@ -88,6 +88,41 @@ def test_trials_log_each_step_alone_and_in_groups(make_run: Factory, grouped: bo
         logged = [row for row in scalars(curve) if row[1] == "loss"]
         assert [row[0] for row in logged] == [0, 1, 2]
         assert [row[2] for row in logged] == pytest.approx(losses)
+
+
+def test_the_curve_of_a_domain_that_leaves_its_group_ends_as_failed(
+    make_run: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "store").as_uri()
+    experiment = make_run(
+        "data.ingredients=[tools,lamps]",
+        "data.spirit=[rivers]",
+        "tune.num_steps=2",
+        f"tracking.mlflow={uri}",
+    )
+    run_dir = experiment.run_dir
+    orders = [
+        trial_config(experiment, RunFolder(run_dir), trial, Path(experiment.model.path))
+        for domain in ("tools", "lamps")
+        for trial in plan_trials(experiment, RunFolder(run_dir), domain, run_dir / "work")
+    ]
+    original = together.write_step
+
+    def write_step(log: Any, metrics: Any, setting: Any) -> None:
+        if "lamps" in log.name and metrics["step"] == 1:
+            raise OSError("the disk is gone")
+        original(log, metrics, setting)
+
+    monkeypatch.setattr(together, "write_step", write_step)
+    assert train_group(orders) == [Path(orders[1]["folder"])]
+    client = mlflow.MlflowClient(uri)
+    experiment_id = client.get_experiment_by_name(run_dir.name).experiment_id
+    runs = {run.info.run_name: run for run in client.search_runs([experiment_id])}
+    assert {name.split("/")[1]: run.info.status for name, run in runs.items()} == {
+        "tools": "FINISHED",
+        "lamps": "FAILED",
+    }
 
 
 def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:
