@@ -14,11 +14,13 @@ folder whose writer was killed, is passed over for the one before.
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rc_ray.artifacts import read_json, sha256_file, write_json, write_text
@@ -224,6 +226,7 @@ class CheckpointStore:
     def __init__(self, storage: str, run_name: str) -> None:
         self.filesystem, path = _open_storage(storage)
         self.path = f"{path.rstrip('/')}/{run_name}"
+        self._scratch = f"rc-ray-checkpoint-{run_name}-"
 
     def check_writable(self) -> None:
         """Make the run's folder.
@@ -262,14 +265,28 @@ class CheckpointStore:
         """A local copy of a checkpoint for the length of the block."""
         from pyarrow.fs import LocalFileSystem, copy_files
 
-        with TemporaryDirectory(prefix="rc-ray-checkpoint-") as folder:
+        folder = self.scratch_dir()
+        try:
             copy_files(
                 f"{self.path}/{name}",
-                folder,
+                str(folder),
                 source_filesystem=self.filesystem,
                 destination_filesystem=LocalFileSystem(),
             )
-            yield Path(folder)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def scratch_dir(self) -> Path:
+        """A new folder for a checkpoint among this node's temporary files."""
+        return Path(tempfile.mkdtemp(prefix=f"{self._scratch}{os.getpid()}-"))
+
+    def clear_scratch(self) -> None:
+        """Remove the folders of this run whose processes were killed on this node."""
+        for folder in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):
+            pid = folder.name.removeprefix(self._scratch).partition("-")[0]
+            if pid.isdecimal() and not _is_alive(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def forget(self, keep: int | None) -> None:
         """Remove what the run has left, or all but its newest checkpoints and every other file.
@@ -309,6 +326,16 @@ class CheckpointStore:
                 num_steps = -1
             found.append((num_steps, info.base_name))
         return sorted(found, key=lambda one: (one[0] < 0, *one), reverse=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _open_storage(storage: str) -> tuple[FileSystem, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,27 @@ def test_what_a_run_leaves_is_cleared_but_for_its_newest_whole_checkpoints(
     store.forget(keep=None)
     assert list(Path(store.path).iterdir()) == []
     assert store.newest() is None
+
+
+def test_what_a_killed_process_left_on_this_node_is_cleared(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    put(store, 2)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, other = (
+        tmp_path / f"rc-ray-checkpoint-{run}-{dead.pid}-abc" for run in ("run", "another")
+    )
+    for folder in (left, other):
+        folder.mkdir()
+    with store.fetched("checkpoint_2") as mine:
+        assert mine.parent == tmp_path
+        store.clear_scratch()
+        assert not left.exists()
+        assert other.exists()  # it may be of another machine's process
+        assert (mine / "state.json").exists()
+    assert not mine.exists()
 
 
 def test_nothing_whole_is_said_so(store: CheckpointStore) -> None:
