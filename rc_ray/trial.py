@@ -122,8 +122,8 @@ def train_ingredient(
         metrics=metrics,
     )
     # Only now: a kill before the manifest must not cost the training.
-    for name in (CHECKPOINT, WORKERS):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for left in (folder / WORKERS, *folder.glob(f"*{CHECKPOINT}*")):  # halves of killed writers too
+        shutil.rmtree(left, ignore_errors=True)
     return metrics
 
 
