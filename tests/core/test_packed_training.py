@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.model import load_language_model, with_lora
+from rc_ray.core.packed_attention import fits_window
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import TrainingModule, TrainingPlan
 from tests.core.test_training import make_domain, make_plan
@@ -97,10 +98,13 @@ def test_a_text_may_end_within_a_title_that_is_cut_short(folder: Path) -> None:
     assert cut > 0
 
 
-def test_a_window_shorter_than_a_text_is_kept(folder: Path) -> None:
-    """Packed attention knows no window, so rows with transformers' own masks are read instead."""
+@pytest.mark.parametrize("field", ["sliding_window", "attention_chunk_size"])
+def test_packed_attention_is_not_for_texts_longer_than_a_window(folder: Path, field: str) -> None:
     module, _, batch = make_module(folder)
-    module.model.get_base_model().config.sliding_window = max(batch.lengths) - 1
+    base = module.model.get_base_model()
+    setattr(base.config, field, max(batch.lengths))
+    assert fits_window(base, batch.lengths)
+    setattr(base.config, field, max(batch.lengths) - 1)
     shapes = []
     module.model.get_base_model().get_decoder().embed_tokens.register_forward_hook(
         lambda _, inputs, output: shapes.append(tuple(inputs[0].shape))
