@@ -7,13 +7,10 @@ leaves the group; the others go on.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rc_ray.artifacts import fingerprint, is_finished, replaced_dir
 from rc_ray.checkpoints import TrainingState, check_model, model_shape, read_state, write_state
@@ -22,10 +19,10 @@ from rc_ray.core.domains import read_domain
 from rc_ray.core.joint_training import JointTraining, Member, make_member
 from rc_ray.core.lora_bank import LoraBank
 from rc_ray.core.model import LanguageModel
+from rc_ray.core.optimizer import MOMENTS, advance_schedule, moments_of, restore_optimizer
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import StepMetrics, TrainingPlan
 from rc_ray.engines import prepare_process
-from rc_ray.errors import ArtifactError
 from rc_ray.tracking import Log, tracked_trial
 from rc_ray.training_config import TrainingConfig
 from rc_ray.trial import (
@@ -37,7 +34,6 @@ from rc_ray.trial import (
     write_step,
 )
 from rc_ray.trial_process import write_error
-from rc_ray.zero import MOMENTS
 
 Order = dict[str, Any]
 """What a worker needs for a trial, see `rc_ray.sweep_plan`."""
@@ -199,19 +195,11 @@ class _Group:
         base_name = self._orders[name]["model"]["path"]
         check_model(vars(state), base_name, model_shape(lm.model.config))
         bank.load(name, state.adapter)
-        optimizer, schedule = member.engine.optimizer, member.engine.schedule
-        for key, matrix in bank.matrices(name).items():
-            lost = [m for m in MOMENTS if f"{key}.{m}" not in state.moments]
-            if lost:
-                raise ArtifactError(f"{checkpoint}: damaged checkpoint, no {key}.{lost[0]} in it")
-            optimizer.state[matrix] = {
-                "step": torch.tensor(float(state.num_steps_done)),
-                **{m: state.moments[f"{key}.{m}"].to(matrix.device) for m in MOMENTS},
-            }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no optimiser step came before: it did, once
-            for _ in range(state.num_steps_done):
-                schedule.step()
+        moments = [
+            (matrix, moments_of(state.moments, key)) for key, matrix in bank.matrices(name).items()
+        ]
+        restore_optimizer(member.engine.optimizer, moments, state.num_steps_done)
+        advance_schedule(member.engine.schedule, state.num_steps_done)
         member.num_steps_done, member.finished = state.num_steps_done, state.finished
         member.best = state.best
 

@@ -9,7 +9,6 @@ Letters: B rows, T tokens, H hidden size, V catalogue tokens, D trie decisions.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 from rc_ray.core.batches import Batch, Example, count_targets, pack
 from rc_ray.core.domains import Domain
 from rc_ray.core.model import base_of, checkpoint_activations, decoder_hidden, output_rows
+from rc_ray.core.optimizer import make_optimizer, make_schedule
 from rc_ray.core.packed_attention import fits_window, install_packed_attention
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.trie import CatalogueTrie
@@ -311,30 +311,6 @@ class TorchEngine:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the LoRA parameters."""
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.999)
-    )
-
-
-def make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then the configured decay to a tenth of the peak."""
-    warmup = max(1, round(config.warmup_fraction * config.num_steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, config.num_steps - warmup))
-        if config.schedule == "cosine":
-            return 0.1 + 0.45 * (1.0 + math.cos(math.pi * progress))
-        return 1.0 - 0.9 * progress if config.schedule == "linear" else 1.0
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def train_steps(
