@@ -243,14 +243,25 @@ class TrainingModule(nn.Module):
 
         Multiplied by the number of workers, since engines average gradients over them.
         """
-        if self.is_packed and fits_window(base_of(self.model), batch.lengths):
-            batch = batch.flattened()
+        batch = self.arranged(batch)
+        if self.reads_packed(batch):
             hidden = decoder_hidden(
                 self.model, batch.input_ids, batch.position_ids, lengths=batch.lengths
             )
         else:
             hidden = decoder_hidden(self.model, batch.input_ids, batch.position_ids, batch.mask)
         return self.loss(hidden, batch)
+
+    def reads_packed(self, batch: Batch) -> bool:
+        """Whether the model reads the batch's texts one behind the other in one row."""
+        return self.is_packed and fits_window(base_of(self.model), batch.lengths)
+
+    def arranged(self, batch: Batch) -> Batch:
+        """The batch in the rows that the model reads it in."""
+        if self.reads_packed(batch):
+            return batch.flattened()
+        # A mask of ours would let a layer look past its window; transformers' own does not.
+        return batch if fits_window(base_of(self.model), batch.lengths) else batch.apart()
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The same from the last hidden states of the batch's rows, (B, T, H)."""
