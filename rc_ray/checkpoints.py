@@ -68,8 +68,12 @@ class TrainingState:
 
 
 def model_shape(config: Any) -> dict[str, Any]:
-    """What tells the base model of a checkpoint from another one, of its transformers config."""
-    return {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
+    """What tells the base model of a checkpoint from another one, of its transformers config.
+
+    A model's folder may describe images too where the loaded model is its text part alone.
+    """
+    text = config.get_text_config()
+    return {name: getattr(text, name, None) for name in _SHAPE_FIELDS}
 
 
 def write_state(folder: Path, state: TrainingState) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma3Config
 
 from rc_ray.checkpoints import (
     CheckpointStore,
     TrainingState,
     check_files,
+    model_shape,
     read_state,
     write_state,
 )
@@ -158,6 +160,12 @@ def test_another_form_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
     with pytest.raises(ArtifactError, match="form 99, this version reads form 1"):
         check_files(tmp_path)
+
+
+def test_a_text_model_is_that_of_the_folder_it_came_from() -> None:
+    folder = Gemma3Config(text_config={"hidden_size": 24})
+    assert model_shape(folder) == model_shape(folder.text_config)
+    assert model_shape(folder)["hidden_size"] == 24
 
 
 def test_storage_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
