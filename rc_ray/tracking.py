@@ -100,7 +100,7 @@ def tracked(
         if config.mlflow is not None:
             curve = _MlflowCurve(config.mlflow, run_dir.name, name, fingerprint, dict(parameters))
             curve.server.call(curve.open)
-            stack.push(lambda kind, *_: curve.server.call(curve.end, kind, at_once=True))
+            stack.push(lambda kind, *_: curve.server.call(curve.end, kind))
             logs.append(functools.partial(curve.server.call, curve.log))
 
         def log(row: Mapping[str, Any]) -> None:
@@ -165,15 +165,9 @@ class _Forgiving:
         self._next_at = 0.0
         self._has_warned = False
 
-    def call(self, function: Callable[..., Any], *arguments: Any, at_once: bool = False) -> Any:
-        """What the function returns; None where it fails, or failed a short while ago.
-
-        Args:
-            function: of the tool.
-            arguments: of the function.
-            at_once: call it even after a failure a short while ago.
-        """
-        if time.monotonic() < self._next_at and not at_once:
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns; None where it fails, or the tool failed a short while ago."""
+        if time.monotonic() < self._next_at:
             return None
         try:
             return function(*arguments)
@@ -202,6 +196,12 @@ def _log_to_tensorboard(writer: Any, step: int, values: dict[str, float]) -> Non
         writer.add_scalar(key, value, global_step=step)
 
 
+@functools.cache
+def _mlflow_at(uri: str) -> _Forgiving:
+    """One for all curves of a process: they would wait for the same server one by one."""
+    return _Forgiving(f"MLflow at {uri}")
+
+
 class _MlflowCurve:
     """One run of MLflow, opened as soon as the server answers."""
 
@@ -210,7 +210,7 @@ class _MlflowCurve:
     ) -> None:
         self._what = uri, experiment, name, fingerprint, parameters
         self._opened: tuple[Any, str] | None = None
-        self.server = _Forgiving(f"MLflow at {uri}")
+        self.server = _mlflow_at(uri)
 
     def open(self) -> tuple[Any, str]:
         """A client and the run's id."""

@@ -207,7 +207,11 @@ def test_a_server_that_is_down_when_a_worker_starts_is_asked_again_after_a_pause
 
     monkeypatch.setattr(tracking, "_mlflow_run", starting)
     common: dict[str, Any] = {"fingerprint": "1", "start_step": 0, "parameters": {}}
-    with tracking.tracked(TrackingConfig(mlflow=uri), tmp_path, name="a", **common) as log:
+    config = TrackingConfig(mlflow=uri)
+    with (
+        tracking.tracked(config, tmp_path, name="a", **common) as log,
+        tracking.tracked(config, tmp_path, name="b", **common),  # does not ask by itself
+    ):
         for step in range(4):
             log({"step": step, "loss": 1.0})
             now[0] += tracking._PAUSE_S / 2
