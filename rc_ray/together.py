@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rc_ray.artifacts import fingerprint, is_finished, replaced_dir
+from rc_ray.artifacts import fingerprint, is_finished, replaced_dir, restored
 from rc_ray.checkpoints import TrainingState, check_model, model_shape, read_state, write_state
 from rc_ray.core.adapters import Adapter
 from rc_ray.core.domains import read_domain
@@ -188,7 +188,7 @@ class _Group:
 
     def _resume(self, lm: LanguageModel, bank: LoraBank, name: str, member: Member) -> None:
         checkpoint = Path(name) / CHECKPOINT
-        if not checkpoint.exists():
+        if not restored(checkpoint):
             (Path(name) / "metrics.jsonl").unlink(missing_ok=True)
             return
         state = read_state(checkpoint)

@@ -68,7 +68,6 @@ def test_nothing_hidden_is_left_of_killed_writers(make_run: Factory) -> None:
     experiment = make_run(*SETTINGS)
     (trial,) = plan(experiment)
     (trial.folder / "..checkpoint.x1y2").mkdir(parents=True)
-    (trial.folder / "..checkpoint.old-17").mkdir()
     train(experiment, trial)
     assert trial.is_finished
     assert [path.name for path in trial.folder.iterdir() if path.name.startswith(".")] == []
@@ -102,8 +101,9 @@ def test_workers_start_without_the_record_that_a_killed_ray_left(
     assert seen == [[]]
 
 
+@pytest.mark.parametrize("moved_aside", [False, True])
 def test_the_checkpoint_outlives_a_kill_before_the_manifest(
-    make_run: Factory, monkeypatch: pytest.MonkeyPatch
+    make_run: Factory, monkeypatch: pytest.MonkeyPatch, moved_aside: bool
 ) -> None:
     experiment = make_run(*SETTINGS)
     (trial,) = plan(experiment)
@@ -115,6 +115,10 @@ def test_the_checkpoint_outlives_a_kill_before_the_manifest(
         patch.setattr(trials, "write_manifest", killed)
         with pytest.raises(KeyboardInterrupt):
             train(experiment, trial)
+
+    checkpoint = trial.folder / trials.CHECKPOINT
+    if moved_aside:  # by a writer that was killed before the next one had its name
+        checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old-17"))
 
     def untrained(self: Any) -> Any:
         assert self.start_step == 2
