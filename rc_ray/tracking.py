@@ -98,7 +98,9 @@ def tracked(
                 stack.callback(board.call, writer.close)
                 logs.append(functools.partial(board.call, _log_to_tensorboard, writer))
         if config.mlflow is not None:
-            curve = _MlflowCurve(config.mlflow, run_dir.name, name, fingerprint, dict(parameters))
+            curve = _MlflowCurve(
+                config.mlflow, run_dir.name, name, fingerprint, start_step, dict(parameters)
+            )
             curve.server.call(curve.open)
             stack.push(lambda kind, *_: curve.server.call(curve.end, kind))
             logs.append(functools.partial(curve.server.call, curve.log))
@@ -206,9 +208,15 @@ class _MlflowCurve:
     """One run of MLflow, opened as soon as the server answers."""
 
     def __init__(
-        self, uri: str, experiment: str, name: str, fingerprint: str, parameters: dict[str, Any]
+        self,
+        uri: str,
+        experiment: str,
+        name: str,
+        fingerprint: str,
+        start_step: int,
+        parameters: dict[str, Any],
     ) -> None:
-        self._what = uri, experiment, name, fingerprint, parameters
+        self._what = uri, experiment, name, fingerprint, start_step, parameters
         self._opened: tuple[Any, str] | None = None
         self.server = _mlflow_at(uri)
 
@@ -233,9 +241,17 @@ class _MlflowCurve:
 
 
 def _mlflow_run(
-    uri: str, experiment: str, name: str, fingerprint: str, parameters: dict[str, Any]
+    uri: str,
+    experiment: str,
+    name: str,
+    fingerprint: str,
+    start_step: int,
+    parameters: dict[str, Any],
 ) -> tuple[Any, str]:
-    """A client, and the id of the run: the one with this fingerprint, or a new one."""
+    """A client, and the id of the run: the last one with this fingerprint, or a new one.
+
+    A training that begins anew after it was finished (`--force`) is another run.
+    """
     _prepare_environment(uri)
     import mlflow
     from ray.air.integrations.mlflow import setup_mlflow
@@ -245,7 +261,7 @@ def _mlflow_run(
     runs = known and client.search_runs(
         [known.experiment_id], f"tags.`{RUN_TAG}` = '{fingerprint}'", max_results=1
     )
-    if runs:
+    if runs and (start_step > 0 or runs[0].info.status != "FINISHED"):
         client.update_run(runs[0].info.run_id, status="RUNNING")
         return client, runs[0].info.run_id
     try:

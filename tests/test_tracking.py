@@ -90,6 +90,20 @@ def test_trials_log_each_step_alone_and_in_groups(make_run: Factory, grouped: bo
         assert [row[2] for row in logged] == pytest.approx(losses)
 
 
+def test_a_finished_training_done_anew_is_another_run_of_mlflow(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "store").as_uri()
+    log_some(TrackingConfig(mlflow=uri), tmp_path / "shop", range(3))
+    log_some(TrackingConfig(mlflow=uri), tmp_path / "shop", range(2))
+    log_some(TrackingConfig(mlflow=uri), tmp_path / "shop", range(2, 3))  # the newest goes on
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    steps = [
+        [one.step for one in client.get_metric_history(run.info.run_id, "loss")] for run in runs
+    ]
+    assert steps == [[0, 1, 2], [0, 1, 2]]
+
+
 def test_the_curve_of_a_domain_that_leaves_its_group_ends_as_failed(
     make_run: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
