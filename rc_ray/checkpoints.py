@@ -247,22 +247,28 @@ class CheckpointStore:
         """The whole checkpoint with the most steps; None where there is nothing at all."""
         notes: list[str] = []
         for num_steps, name in self._by_steps():
-            problem = self._problem(name)
-            if problem is None:
-                with self.fetched(name) as folder:
-                    return Found(name, check_files(folder), tuple(notes))
+            try:
+                return Found(name, self._state_of(name), tuple(notes))
+            except ArtifactError as error:
+                problem = first_line(error).replace("; run the stage again with --force", "")
             steps = f"of step {num_steps} " if num_steps >= 0 else ""
             notes.append(f"passed over a checkpoint {steps}that is not whole: {problem}")
         return Found(None, {"num_steps_done": 0}, tuple(notes)) if notes else None
 
-    def _problem(self, name: str) -> str | None:
-        """What keeps a checkpoint from being one."""
+    def _state_of(self, name: str) -> dict[str, Any]:
+        """The contents of a checkpoint's `state.json`; ArtifactError where it is not whole."""
         try:
             with self.fetched(name) as folder:
-                check_files(folder)
-        except (ArtifactError, OSError, KeyError, AttributeError) as error:
-            return first_line(error).replace("; run the stage again with --force", "")
-        return None
+                return check_files(folder)
+        except (OSError, KeyError, AttributeError) as error:
+            raise ArtifactError(first_line(error)) from None
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            self._state_of(name)
+        except ArtifactError:
+            return False
+        return True
 
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
@@ -305,7 +311,7 @@ class CheckpointStore:
 
         kept: set[str] = set()
         for _, name in self._by_steps():
-            if len(kept) < (keep or 0) and self._problem(name) is None:
+            if len(kept) < (keep or 0) and self._is_whole(name):
                 kept.add(name)
         selector = FileSelector(self.path, allow_not_found=True)
         for info in self.filesystem.get_file_info(selector):

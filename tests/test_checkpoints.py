@@ -70,7 +70,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert not read.finished
 
 
-def test_the_whole_checkpoint_with_the_most_steps_is_found(store: CheckpointStore) -> None:
+def test_the_whole_checkpoint_with_the_most_steps_is_found(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert store.newest() is None
     for num_steps in (10, 2, 9):
         put(store, num_steps)
@@ -78,6 +80,15 @@ def test_the_whole_checkpoint_with_the_most_steps_is_found(store: CheckpointStor
     found = store.newest()
     assert found is not None
     assert (found.num_steps_done, found.notes) == (10, ())
+    fetched: list[str] = []
+    original = CheckpointStore.fetched
+    monkeypatch.setattr(
+        CheckpointStore,
+        "fetched",
+        lambda self, name: (fetched.append(name), original(self, name))[1],
+    )
+    store.newest()
+    assert fetched == ["checkpoint_10"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])

@@ -150,7 +150,7 @@ def test_no_layer_looks_past_its_window(window: int) -> None:
             logits = model(torch.tensor([example.tokens])).logits[0, start - 1 : -1]
         logits = logits.log_softmax(-1)
         wanted -= float(logits[range(len(titles[item])), titles[item]].sum())
-    assert float(got) == pytest.approx(wanted, rel=1e-5)
+    assert got.item() == pytest.approx(wanted, rel=1e-5)
 
 
 class Wide(TorchDispatchMode):
