@@ -114,7 +114,7 @@ def replaced_dir(target: Path) -> Iterator[Path]:
     What stood there stays, or comes back, when anything fails.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _restore(target)
+    restored(target)
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     work.chmod(0o755)
     try:
@@ -126,7 +126,7 @@ def replaced_dir(target: Path) -> Iterator[Path]:
         os.replace(work, target)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
-        _restore(target)
+        restored(target)
         shutil.rmtree(work, ignore_errors=True)
         raise
 
@@ -135,14 +135,15 @@ def _old_prefix(target: Path) -> str:
     return f".{target.name}.old-"
 
 
-def _restore(target: Path) -> None:
-    """Put back the folder that a `replaced_dir` moved aside and never replaced."""
+def restored(target: Path) -> bool:
+    """Whether the folder is there, put back if a killed `replaced_dir` had moved it aside."""
     if target.exists():
-        return
+        return True
     prefix = _old_prefix(target)
     old = [path for path in target.parent.iterdir() if path.name.startswith(prefix)]
     if old:
         os.replace(max(old, key=lambda path: path.stat().st_mtime_ns), target)
+    return bool(old)
 
 
 def write_manifest(

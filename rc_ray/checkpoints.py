@@ -14,11 +14,13 @@ folder whose writer was killed, is passed over for the one before.
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rc_ray.artifacts import read_json, sha256_file, write_json, write_text
@@ -66,8 +68,12 @@ class TrainingState:
 
 
 def model_shape(config: Any) -> dict[str, Any]:
-    """What tells the base model of a checkpoint from another one, of its transformers config."""
-    return {name: getattr(config, name, None) for name in _SHAPE_FIELDS}
+    """What tells the base model of a checkpoint from another one, of its transformers config.
+
+    A model's folder may describe images too where the loaded model is its text part alone.
+    """
+    text = config.get_text_config()
+    return {name: getattr(text, name, None) for name in _SHAPE_FIELDS}
 
 
 def write_state(folder: Path, state: TrainingState) -> None:
@@ -224,6 +230,7 @@ class CheckpointStore:
     def __init__(self, storage: str, run_name: str) -> None:
         self.filesystem, path = _open_storage(storage)
         self.path = f"{path.rstrip('/')}/{run_name}"
+        self._scratch = f"rc-ray-checkpoint-{run_name}-"
 
     def check_writable(self) -> None:
         """Make the run's folder.
@@ -240,36 +247,56 @@ class CheckpointStore:
         """The whole checkpoint with the most steps; None where there is nothing at all."""
         notes: list[str] = []
         for num_steps, name in self._by_steps():
-            problem = self._problem(name)
-            if problem is None:
-                with self.fetched(name) as folder:
-                    return Found(name, check_files(folder), tuple(notes))
+            try:
+                return Found(name, self._state_of(name), tuple(notes))
+            except ArtifactError as error:
+                problem = first_line(error).replace("; run the stage again with --force", "")
             steps = f"of step {num_steps} " if num_steps >= 0 else ""
             notes.append(f"passed over a checkpoint {steps}that is not whole: {problem}")
         return Found(None, {"num_steps_done": 0}, tuple(notes)) if notes else None
 
-    def _problem(self, name: str) -> str | None:
-        """What keeps a checkpoint from being one."""
+    def _state_of(self, name: str) -> dict[str, Any]:
+        """The contents of a checkpoint's `state.json`; ArtifactError where it is not whole."""
         try:
             with self.fetched(name) as folder:
-                check_files(folder)
-        except (ArtifactError, OSError, KeyError, AttributeError) as error:
-            return first_line(error).replace("; run the stage again with --force", "")
-        return None
+                return check_files(folder)
+        except (OSError, KeyError, AttributeError) as error:
+            raise ArtifactError(first_line(error)) from None
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            self._state_of(name)
+        except ArtifactError:
+            return False
+        return True
 
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
         """A local copy of a checkpoint for the length of the block."""
         from pyarrow.fs import LocalFileSystem, copy_files
 
-        with TemporaryDirectory(prefix="rc-ray-checkpoint-") as folder:
+        folder = self.scratch_dir()
+        try:
             copy_files(
                 f"{self.path}/{name}",
-                folder,
+                str(folder),
                 source_filesystem=self.filesystem,
                 destination_filesystem=LocalFileSystem(),
             )
-            yield Path(folder)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def scratch_dir(self) -> Path:
+        """A new folder for a checkpoint among this node's temporary files."""
+        return Path(tempfile.mkdtemp(prefix=f"{self._scratch}{os.getpid()}-"))
+
+    def clear_scratch(self) -> None:
+        """Remove the folders of this run whose processes were killed on this node."""
+        for folder in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):
+            pid = folder.name.removeprefix(self._scratch).partition("-")[0]
+            if pid.isdecimal() and not _is_alive(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def forget(self, keep: int | None) -> None:
         """Remove what the run has left, or all but its newest checkpoints and every other file.
@@ -284,7 +311,7 @@ class CheckpointStore:
 
         kept: set[str] = set()
         for _, name in self._by_steps():
-            if len(kept) < (keep or 0) and self._problem(name) is None:
+            if len(kept) < (keep or 0) and self._is_whole(name):
                 kept.add(name)
         selector = FileSelector(self.path, allow_not_found=True)
         for info in self.filesystem.get_file_info(selector):
@@ -309,6 +336,16 @@ class CheckpointStore:
                 num_steps = -1
             found.append((num_steps, info.base_name))
         return sorted(found, key=lambda one: (one[0] < 0, *one), reverse=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _open_storage(storage: str) -> tuple[FileSystem, str]:

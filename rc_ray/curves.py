@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = sum(row["seconds"] for row in rows)
     tokens = sum(row["num_tokens"] for row in rows)
     best: dict[str, Any] = {}
-    validated = [row for row in rows if row.get("valid_loss") is not None]
+    validated = [row for row in rows if math.isfinite(row.get("valid_loss", math.nan))]
     if validated:
         row = min(validated, key=lambda row: row["valid_loss"])
         best = {"best_valid_loss": row["valid_loss"], "best_num_steps": row["step"] + 1}

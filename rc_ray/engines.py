@@ -5,7 +5,6 @@ With DeepSpeed every rank is one `Learner`; with `TorchEngine` there is one.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,14 @@ from rc_ray.core.adapters import Adapter, LoraPair
 from rc_ray.core.domains import Domain
 from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.model import LanguageModel, with_lora
+from rc_ray.core.optimizer import (
+    MOMENTS,
+    advance_schedule,
+    make_optimizer,
+    make_schedule,
+    moments_of,
+    restore_optimizer,
+)
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import (
     Engine,
@@ -29,8 +36,6 @@ from rc_ray.core.training import (
     TorchEngine,
     TrainingModule,
     TrainingPlan,
-    make_optimizer,
-    make_schedule,
     train_steps,
 )
 from rc_ray.core.validation import BestSoFar, HeldOutTitles
@@ -150,7 +155,7 @@ class Learner:
             f"{name}.{matrix}.{key}": self._moment(parameter, key)
             for name, layer in lora_layers(self.peft_model).items()
             for matrix, parameter in _matrices(layer).items()
-            for key in zero.MOMENTS
+            for key in MOMENTS
         }
         state = TrainingState(
             num_steps_done=num_steps_done,
@@ -176,30 +181,23 @@ class Learner:
             return moment.detach().to("cpu", copy=True)
         return zero.read_moment(self.engine, parameter, key)
 
-    def _resume(self, state: TrainingState, folder: Path) -> None:
+    def _resume(self, state: TrainingState) -> None:
         """Take over what a checkpoint says about the optimiser; the weights are in place."""
         written = []
         for name, layer in lora_layers(self.peft_model).items():
             for matrix, parameter in _matrices(layer).items():
                 pair = state.adapter.modules[name]
-                keys = {key: f"{name}.{matrix}.{key}" for key in zero.MOMENTS}
-                lost = [full for full in keys.values() if full not in state.moments]
-                if lost:
-                    raise ArtifactError(f"{folder}: damaged checkpoint, no {lost[0]} in it")
-                moments = {key: state.moments[full] for key, full in keys.items()}
+                moments = moments_of(state.moments, f"{name}.{matrix}")
                 written.append((parameter, pair.a if matrix == "lora_A" else pair.b, moments))
         if isinstance(self.engine, TorchEngine):
-            for parameter, _, moments in written:
-                self.engine.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(state.num_steps_done)),
-                    **{key: tensor.to(parameter.device) for key, tensor in moments.items()},
-                }
+            restore_optimizer(
+                self.engine.optimizer,
+                [(parameter, moments) for parameter, _, moments in written],
+                state.num_steps_done,
+            )
         else:
             zero.write_back(self.engine, written, state.num_steps_done)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no optimiser step came before: it did, once
-            for _ in range(state.num_steps_done):
-                self.schedule.step()
+        advance_schedule(self.schedule, state.num_steps_done)
         self.start_step, self.finished = state.num_steps_done, state.finished
         self.best, self.rows = state.best, [dict(row) for row in state.rows]
 
@@ -285,8 +283,8 @@ def build_learner(
         note=note,
         held_out=held_out,
     )
-    if state is not None and checkpoint is not None:
-        learner._resume(state, checkpoint)
+    if state is not None:
+        learner._resume(state)
     return learner
 
 

@@ -7,25 +7,22 @@ leaves the group; the others go on.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rc_ray.artifacts import fingerprint, is_finished, replaced_dir
+from rc_ray.artifacts import fingerprint, is_finished, replaced_dir, restored
 from rc_ray.checkpoints import TrainingState, check_model, model_shape, read_state, write_state
 from rc_ray.core.adapters import Adapter
 from rc_ray.core.domains import read_domain
 from rc_ray.core.joint_training import JointTraining, Member, make_member
 from rc_ray.core.lora_bank import LoraBank
 from rc_ray.core.model import LanguageModel
+from rc_ray.core.optimizer import MOMENTS, advance_schedule, moments_of, restore_optimizer
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import StepMetrics, TrainingPlan
 from rc_ray.engines import prepare_process
-from rc_ray.errors import ArtifactError
 from rc_ray.tracking import Log, tracked_trial
 from rc_ray.training_config import TrainingConfig
 from rc_ray.trial import (
@@ -37,7 +34,6 @@ from rc_ray.trial import (
     write_step,
 )
 from rc_ray.trial_process import write_error
-from rc_ray.zero import MOMENTS
 
 Order = dict[str, Any]
 """What a worker needs for a trial, see `rc_ray.sweep_plan`."""
@@ -65,6 +61,7 @@ def train_group(orders: Sequence[Order]) -> list[Path]:
     unfinished = [order for order in orders if not _is_finished(order)]
     for order in unfinished:
         folder = Path(order["folder"])
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             if sealed_adapter(order, folder) is None:
                 ready.append(order)
@@ -96,8 +93,7 @@ class _Group:
         self._orders = {order["folder"]: order for order in orders}
         self._fail_order = fail
         self._setting = TrainingConfig.model_validate(orders[0]["setting"])
-        self._open = ExitStack()
-        self._curves: dict[str, Log] = {}
+        self._curves: dict[str, tuple[ExitStack, Log]] = {}
 
     @property
     def left(self) -> list[Order]:
@@ -120,17 +116,17 @@ class _Group:
         seeds = {name: self._orders[name]["seed"] for name in plans}
         bank = LoraBank(lm.model, self._setting.lora, seeds)
         try:
-            members = {name: make_member(lm, bank, name, plan) for name, plan in plans.items()}
-            for name, member in list(members.items()):
+            members: dict[str, Member] = {}
+            for name, plan in plans.items():
                 try:
+                    member = make_member(lm, bank, name, plan)
                     self._resume(lm, bank, name, member)
                 except Exception as error:
                     self._fail(name, error)
                     bank.remove(name)
-                    del members[name]
-            for name, member in members.items():
-                curve = tracked_trial(self._orders[name], member.num_steps_done)
-                self._curves[name] = self._open.enter_context(curve)
+                else:
+                    members[name] = member
+                    self._open_curve(name, member.num_steps_done)
             training = JointTraining(lm, bank, members, tokens_per_pass=first["tokens_per_pass"])
             while training.active:
                 for name, metrics in training.step().items():
@@ -139,14 +135,34 @@ class _Group:
                     except Exception as error:
                         self._fail(name, error)
                         training.drop(name)
+            for name in list(self._curves):
+                self._close_curve(name)
             return {name: training.result(name) for name in training.members}
+        except BaseException as error:
+            for name in list(self._curves):
+                self._close_curve(name, error)
+            raise
         finally:
-            self._open.close()
             bank.unload()
             lm.model.eval()
 
     def _fail(self, name: str, error: Exception) -> None:
+        self._close_curve(name, error)
         self._fail_order(self._orders.pop(name), error)
+
+    def _open_curve(self, name: str, start_step: int) -> None:
+        stack = ExitStack()
+        log = stack.enter_context(tracked_trial(self._orders[name], start_step))
+        self._curves[name] = stack, log
+
+    def _close_curve(self, name: str, error: BaseException | None = None) -> None:
+        """End a curve, as failed where there is an error."""
+        if name in self._curves:
+            stack, _ = self._curves.pop(name)
+            if error is None:
+                stack.close()
+            else:
+                stack.__exit__(type(error), error, error.__traceback__)
 
     def _plan(self, lm: LanguageModel, order: Order) -> TrainingPlan:
         return TrainingPlan(
@@ -165,33 +181,25 @@ class _Group:
         order, member = self._orders[name], training.members[name]
         with (Path(name) / "metrics.jsonl").open("a", encoding="utf-8") as log:
             write_step(log, metrics, self._setting)
-        self._curves[name](metrics)
+        self._curves[name][1](metrics)
         if member.finished or member.num_steps_done % order["checkpoint_every"] == 0:
             with replaced_dir(Path(name) / CHECKPOINT) as work:
                 write_state(work, _state(training, name, order["model"]["path"]))
 
     def _resume(self, lm: LanguageModel, bank: LoraBank, name: str, member: Member) -> None:
         checkpoint = Path(name) / CHECKPOINT
-        if not checkpoint.exists():
+        if not restored(checkpoint):
             (Path(name) / "metrics.jsonl").unlink(missing_ok=True)
             return
         state = read_state(checkpoint)
         base_name = self._orders[name]["model"]["path"]
         check_model(vars(state), base_name, model_shape(lm.model.config))
         bank.load(name, state.adapter)
-        optimizer, schedule = member.engine.optimizer, member.engine.schedule
-        for key, matrix in bank.matrices(name).items():
-            lost = [m for m in MOMENTS if f"{key}.{m}" not in state.moments]
-            if lost:
-                raise ArtifactError(f"{checkpoint}: damaged checkpoint, no {key}.{lost[0]} in it")
-            optimizer.state[matrix] = {
-                "step": torch.tensor(float(state.num_steps_done)),
-                **{m: state.moments[f"{key}.{m}"].to(matrix.device) for m in MOMENTS},
-            }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no optimiser step came before: it did, once
-            for _ in range(state.num_steps_done):
-                schedule.step()
+        moments = [
+            (matrix, moments_of(state.moments, key)) for key, matrix in bank.matrices(name).items()
+        ]
+        restore_optimizer(member.engine.optimizer, moments, state.num_steps_done)
+        advance_schedule(member.engine.schedule, state.num_steps_done)
         member.num_steps_done, member.finished = state.num_steps_done, state.finished
         member.best = state.best
 

@@ -6,7 +6,10 @@ compare runs in one of the two tools. MLflow and Ray are imported where they are
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.util import find_spec
@@ -21,6 +24,8 @@ Log = Callable[[Mapping[str, Any]], None]
 
 RUN_TAG = "rc_ray.run"
 """MLflow's tag of a run: the fingerprint of the training."""
+_PAUSE_S = 300.0
+"""How long a tool that failed is left alone; a server that hangs takes half a minute to fail."""
 
 
 class TrackingConfig(Section):
@@ -74,7 +79,7 @@ def tracked(
 
     A run that was stopped goes on in the same curve: TensorBoard drops what had been logged from
     `start_step` on, MLflow's run is found by its fingerprint and taken up again. Several may be
-    open in one process.
+    open in one process. No training ends because a tool fails: that is warned of once.
 
     Args:
         config: what is on.
@@ -85,31 +90,20 @@ def tracked(
         parameters: recorded once by MLflow.
     """
     with ExitStack() as stack:
-        logs: list[Callable[[int, dict[str, float]], None]] = []
+        logs: list[Callable[[int, dict[str, float]], Any]] = []
         if config.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            writer = SummaryWriter(
-                str(run_dir / "tensorboard" / name), purge_step=start_step or None, flush_secs=10
-            )
-            stack.callback(writer.close)
-
-            def to_tensorboard(step: int, values: dict[str, float]) -> None:
-                for key, value in values.items():
-                    writer.add_scalar(key, value, global_step=step)
-
-            logs.append(to_tensorboard)
+            board = _Forgiving("TensorBoard")
+            writer = board.call(_tensorboard_writer, run_dir / "tensorboard" / name, start_step)
+            if writer is not None:
+                stack.callback(board.call, writer.close)
+                logs.append(functools.partial(board.call, _log_to_tensorboard, writer))
         if config.mlflow is not None:
-            client, run_id = _mlflow_run(
-                config.mlflow, run_dir.name, name, fingerprint, dict(parameters)
+            curve = _MlflowCurve(
+                config.mlflow, run_dir.name, name, fingerprint, start_step, dict(parameters)
             )
-            stack.push(lambda kind, *_: client.set_terminated(run_id, _status(kind)))
-
-            def to_mlflow(step: int, values: dict[str, float]) -> None:
-                for key, value in values.items():
-                    client.log_metric(run_id, key, value, step=step)
-
-            logs.append(to_mlflow)
+            curve.server.call(curve.open)
+            stack.push(lambda kind, *_: curve.server.call(curve.end, kind))
+            logs.append(functools.partial(curve.server.call, curve.log))
 
         def log(row: Mapping[str, Any]) -> None:
             values = {
@@ -152,9 +146,7 @@ def _make_experiment(uri: str, name: str) -> None:
             "`tracking.mlflow` needs the package mlflow; install `rc-ray[tracking]` or mlflow "
             "itself, or leave the field out"
         )
-    _allow_folders(uri)
-    # A server that is down should be told at once, not after minutes of attempts.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    _prepare_environment(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -167,11 +159,100 @@ def _make_experiment(uri: str, name: str) -> None:
         raise ConfigError(f"`tracking.mlflow`: {uri} cannot be used: {reason[0]}") from None
 
 
+class _Forgiving:
+    """Calls a tool that may fail; its next call then waits, since each may take long to fail."""
+
+    def __init__(self, tool: str) -> None:
+        self._tool = tool
+        self._next_at = 0.0
+        self._has_warned = False
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns; None where it fails, or the tool failed a short while ago."""
+        if time.monotonic() < self._next_at:
+            return None
+        try:
+            return function(*arguments)
+        except Exception as error:
+            self._next_at = time.monotonic() + _PAUSE_S
+            if not self._has_warned:
+                logging.getLogger(__name__).warning(
+                    "%s fails (%s: %s); the training goes on, its curve has gaps there",
+                    self._tool,
+                    type(error).__name__,
+                    str(error).strip().partition("\n")[0],
+                )
+            self._has_warned = True
+            return None
+
+
+def _tensorboard_writer(folder: Path, start_step: int) -> Any:
+    from tensorboardX import SummaryWriter
+
+    # Also from step 0 on: a run killed before its first checkpoint has left steps too.
+    return SummaryWriter(str(folder), purge_step=start_step, flush_secs=10)
+
+
+def _log_to_tensorboard(writer: Any, step: int, values: dict[str, float]) -> None:
+    for key, value in values.items():
+        writer.add_scalar(key, value, global_step=step)
+
+
+@functools.cache
+def _mlflow_at(uri: str) -> _Forgiving:
+    """One for all curves of a process: they would wait for the same server one by one."""
+    return _Forgiving(f"MLflow at {uri}")
+
+
+class _MlflowCurve:
+    """One run of MLflow, opened as soon as the server answers."""
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        name: str,
+        fingerprint: str,
+        start_step: int,
+        parameters: dict[str, Any],
+    ) -> None:
+        self._what = uri, experiment, name, fingerprint, start_step, parameters
+        self._opened: tuple[Any, str] | None = None
+        self.server = _mlflow_at(uri)
+
+    def open(self) -> tuple[Any, str]:
+        """A client and the run's id."""
+        if self._opened is None:
+            self._opened = _mlflow_run(*self._what)
+        return self._opened
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        client, run_id = self.open()
+        now = int(time.time() * 1000)
+        # In one request: the training waits for it.
+        client.log_batch(run_id, [Metric(key, value, now, step) for key, value in values.items()])
+
+    def end(self, error: type[BaseException] | None) -> None:
+        if self._opened is not None:
+            client, run_id = self._opened
+            client.set_terminated(run_id, _status(error))
+
+
 def _mlflow_run(
-    uri: str, experiment: str, name: str, fingerprint: str, parameters: dict[str, Any]
+    uri: str,
+    experiment: str,
+    name: str,
+    fingerprint: str,
+    start_step: int,
+    parameters: dict[str, Any],
 ) -> tuple[Any, str]:
-    """A client, and the id of the run: the one with this fingerprint, or a new one."""
-    _allow_folders(uri)
+    """A client, and the id of the run: the last one with this fingerprint, or a new one.
+
+    A training that begins anew after it was finished (`--force`) is another run.
+    """
+    _prepare_environment(uri)
     import mlflow
     from ray.air.integrations.mlflow import setup_mlflow
 
@@ -180,20 +261,22 @@ def _mlflow_run(
     runs = known and client.search_runs(
         [known.experiment_id], f"tags.`{RUN_TAG}` = '{fingerprint}'", max_results=1
     )
-    if runs:
+    if runs and (start_step > 0 or runs[0].info.status != "FINISHED"):
         client.update_run(runs[0].info.run_id, status="RUNNING")
         return client, runs[0].info.run_id
-    setup_mlflow(
-        parameters,
-        tracking_uri=uri,
-        experiment_name=experiment,
-        run_name=name,
-        create_experiment_if_not_exists=True,
-        tags={RUN_TAG: fingerprint},
-        rank_zero_only=False,  # the caller is the one that logs
-    )
-    run = mlflow.active_run()
-    mlflow.end_run(status="RUNNING")  # no longer the process's only one, but not over
+    try:
+        setup_mlflow(
+            parameters,
+            tracking_uri=uri,
+            experiment_name=experiment,
+            run_name=name,
+            create_experiment_if_not_exists=True,
+            tags={RUN_TAG: fingerprint},
+            rank_zero_only=False,  # the caller is the one that logs
+        )
+        run = mlflow.active_run()
+    finally:
+        mlflow.end_run(status="RUNNING")  # no longer the process's only one, but not over
     return client, run.info.run_id
 
 
@@ -204,7 +287,11 @@ def _status(error: type[BaseException] | None) -> str:
     return "FAILED" if issubclass(error, Exception) else "KILLED"
 
 
-def _allow_folders(uri: str) -> None:
-    """MLflow 3 keeps its folder store behind a switch; whoever names a folder has chosen it."""
+def _prepare_environment(uri: str) -> None:
+    """What MLflow reads from the environment; what the user has set stands."""
+    # A server that is down should be told at once, not after minutes of attempts.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # MLflow 3 keeps its folder store behind a switch; whoever names a folder has chosen it.
     if uri.startswith("file:"):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")

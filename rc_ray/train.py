@@ -309,16 +309,20 @@ def _shown(metrics_path: Path, num_steps: int, console: Progress) -> Iterator[No
     tail = JsonlTail(metrics_path)
     task = console.task("base spirit", num_steps)
 
-    def look() -> None:
-        rows = tail.read_new()
-        for row in rows:
-            if "note" in row:
-                console.note(row["note"])
+    def show(rows: list[dict[str, Any]]) -> None:
         steps = [row for row in rows if "step" in row]
         if steps:
             last = steps[-1]
             task.update(last["step"] + 1, loss=last["loss"], **{"tokens/s": last["tokens_per_s"]})
 
+    def look() -> None:
+        rows = tail.read_new()
+        for row in rows:
+            if "note" in row:
+                console.note(row["note"])
+        show(rows)
+
+    show(tail.read_new())  # what was noted before the run stopped has been told
     with polled(look):
         yield
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, write_manifest
+from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, restored, write_manifest
 from rc_ray.core.adapters import Adapter, check_adapter, load_adapter, save_adapter
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.metrics import ndcg, rank_targets
@@ -122,8 +122,8 @@ def train_ingredient(
         metrics=metrics,
     )
     # Only now: a kill before the manifest must not cost the training.
-    for name in (CHECKPOINT, WORKERS):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for left in (folder / WORKERS, *folder.glob(f"*{CHECKPOINT}*")):  # halves of killed writers too
+        shutil.rmtree(left, ignore_errors=True)
     return metrics
 
 
@@ -185,7 +185,7 @@ def _train(
         seed=trial["seed"],
         num_listed=trial["num_listed"],
         base_name=trial["model"]["path"],
-        checkpoint=checkpoint if checkpoint.exists() else None,
+        checkpoint=checkpoint if restored(checkpoint) else None,
     )
     try:
         if learner.start_step == 0:

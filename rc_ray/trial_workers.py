@@ -19,6 +19,7 @@ from rc_ray.training_config import TrainConfig, TrainingConfig
 from rc_ray.trial import WORKERS, train_ingredient
 
 _MAX_FAILURES = 2
+_NUM_TO_KEEP = 2
 
 
 def train_on_workers(trial: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +81,10 @@ def _train(trial: dict[str, Any], folder: Path) -> None:
     if trial["use_gpu"]:
         resources["GPU"] = trial["num_gpus"]
     storage, run_name = str(folder / WORKERS), trial["training_fingerprint"][:16]
-    Path(storage).mkdir(parents=True, exist_ok=True)
+    store = CheckpointStore(storage, run_name)
+    store.check_writable()
+    # Ray would refuse to start from the half of its own record that a killed process left.
+    store.forget(keep=_NUM_TO_KEEP)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -107,7 +111,7 @@ def _train(trial: dict[str, Any], folder: Path) -> None:
             name=run_name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=_MAX_FAILURES, controller_failure_limit=5),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=_NUM_TO_KEEP),
             callbacks=[_reporter(folder / "metrics.jsonl")],
         ),
     )
@@ -121,7 +125,6 @@ def _train(trial: dict[str, Any], folder: Path) -> None:
     problem = (result.return_value or {}).get("error")
     if problem:
         raise UserError(problem.replace("`train.", "`tune."))
-    store = CheckpointStore(storage, run_name)
     found = store.newest()
     if found is None or found.name is None:
         raise UserError("its workers wrote no checkpoint")

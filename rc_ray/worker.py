@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +22,10 @@ from rc_ray.zero import sharded_loading
 _REPORT_EVERY_S = 1.0
 
 
+class Diverged(UserError):
+    """The loss is not finite, which no restart mends."""
+
+
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """The training loop of one rank; what it returns under `error` ends the run without a retry."""
     import ray.train
@@ -37,6 +40,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         device = get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     store = CheckpointStore(settings["storage"], settings["run_name"])
+    store.clear_scratch()
     # Not Ray's own record: the newest that is whole, whether or not Ray got to hear of it.
     found: Found | None = _from_first(store.newest() if rank == 0 else None, world_size)
     with ExitStack() as stack:
@@ -48,15 +52,19 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     notes = [*(found.notes if found else ()), *([learner.note] if learner.note else [])]
     # One process logs; the others' losses are summed into its own.
     on = TrackingConfig.model_validate(settings["tracking"]) if rank == 0 else TrackingConfig()
-    with tracked(
-        on,
-        Path(settings["run_dir"]),
-        name=settings["curve"],
-        fingerprint=settings["fingerprint"],
-        start_step=learner.start_step,
-        parameters=settings["train"],
-    ) as curve:
-        return _train(learner, config, notes, curve)
+    try:
+        with tracked(
+            on,
+            Path(settings["run_dir"]),
+            name=settings["curve"],
+            fingerprint=settings["fingerprint"],
+            start_step=learner.start_step,
+            parameters=settings["train"],
+        ) as curve:
+            _train(learner, config, store, notes, curve)
+    except Diverged as error:
+        return {"error": str(error)}
+    return {}
 
 
 def _build(
@@ -105,7 +113,14 @@ def _build(
     return learner, None
 
 
-def _train(learner: Learner, config: TrainConfig, notes: list[str], curve: Log) -> dict[str, Any]:
+def _train(
+    learner: Learner, config: TrainConfig, store: CheckpointStore, notes: list[str], curve: Log
+) -> None:
+    """Run the remaining steps; every rank raises alike.
+
+    Raises:
+        Diverged: a loss is not finite.
+    """
     rows: list[dict[str, Any]] = [{"note": note} for note in notes]
     last_report = time.monotonic()
     for metrics in learner.steps():
@@ -117,10 +132,10 @@ def _train(learner: Learner, config: TrainConfig, notes: list[str], curve: Log) 
             learner.device,
         )
         if not math.isfinite(loss):
-            return {
-                "error": f"the loss is {loss} at step {step}; lower `train.learning_rate` "
+            raise Diverged(
+                f"the loss is {loss} at step {step}; lower `train.learning_rate` "
                 f"({config.learning_rate:g})"
-            }
+            )
         valid_loss = metrics.get("valid_loss")
         row = {
             "step": step,
@@ -137,18 +152,17 @@ def _train(learner: Learner, config: TrainConfig, notes: list[str], curve: Log) 
         learner.rows.append(row)
         num_done = step + 1
         if num_done % config.checkpoint_every == 0 or learner.finished:
-            _report(rows, _saved(learner, num_done))
+            _report(rows, _saved(learner, store, num_done))
         elif num_due:  # on every rank alike, as reports must be
             _report(rows, None)
         else:
             continue
         rows, last_report = [], time.monotonic()
-    return {}
 
 
-def _saved(learner: Learner, num_done: int) -> Path | None:
+def _saved(learner: Learner, store: CheckpointStore, num_done: int) -> Path | None:
     """A folder with a checkpoint, on rank 0; every rank must call."""
-    folder = Path(tempfile.mkdtemp(prefix="rc-ray-checkpoint-")) if learner.rank == 0 else None
+    folder = store.scratch_dir() if learner.rank == 0 else None
     learner.save(folder, num_done)
     return folder
 

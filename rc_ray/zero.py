@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rc_ray.core.optimizer import MOMENTS
 from rc_ray.errors import ConfigError
 from rc_ray.training_config import DeepSpeedConfig, TrainingConfig
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a matrix, by the names that torch gives them."""
 
 
 def load_deepspeed(*, use_gpu: bool) -> Any:

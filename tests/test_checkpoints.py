@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma3Config
 
 from rc_ray.checkpoints import (
     CheckpointStore,
     TrainingState,
     check_files,
+    model_shape,
     read_state,
     write_state,
 )
@@ -67,7 +70,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert not read.finished
 
 
-def test_the_whole_checkpoint_with_the_most_steps_is_found(store: CheckpointStore) -> None:
+def test_the_whole_checkpoint_with_the_most_steps_is_found(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert store.newest() is None
     for num_steps in (10, 2, 9):
         put(store, num_steps)
@@ -75,6 +80,15 @@ def test_the_whole_checkpoint_with_the_most_steps_is_found(store: CheckpointStor
     found = store.newest()
     assert found is not None
     assert (found.num_steps_done, found.notes) == (10, ())
+    fetched: list[str] = []
+    original = CheckpointStore.fetched
+    monkeypatch.setattr(
+        CheckpointStore,
+        "fetched",
+        lambda self, name: (fetched.append(name), original(self, name))[1],
+    )
+    store.newest()
+    assert fetched == ["checkpoint_10"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
@@ -121,6 +135,27 @@ def test_what_a_run_leaves_is_cleared_but_for_its_newest_whole_checkpoints(
     assert store.newest() is None
 
 
+def test_what_a_killed_process_left_on_this_node_is_cleared(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    put(store, 2)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, other = (
+        tmp_path / f"rc-ray-checkpoint-{run}-{dead.pid}-abc" for run in ("run", "another")
+    )
+    for folder in (left, other):
+        folder.mkdir()
+    with store.fetched("checkpoint_2") as mine:
+        assert mine.parent == tmp_path
+        store.clear_scratch()
+        assert not left.exists()
+        assert other.exists()  # it may be of another machine's process
+        assert (mine / "state.json").exists()
+    assert not mine.exists()
+
+
 def test_nothing_whole_is_said_so(store: CheckpointStore) -> None:
     (put(store, 2) / "state.json").unlink()
     found = store.newest()
@@ -136,6 +171,12 @@ def test_another_form_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
     with pytest.raises(ArtifactError, match="form 99, this version reads form 1"):
         check_files(tmp_path)
+
+
+def test_a_text_model_is_that_of_the_folder_it_came_from() -> None:
+    folder = Gemma3Config(text_config={"hidden_size": 24})
+    assert model_shape(folder) == model_shape(folder.text_config)
+    assert model_shape(folder)["hidden_size"] == 24
 
 
 def test_storage_that_cannot_be_used_is_refused(tmp_path: Path) -> None:

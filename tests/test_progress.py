@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import subprocess
 import sys
 from pathlib import Path
 
+from rc_ray import train
 from rc_ray.progress import JsonlTail, Progress, polled
+from tests.conftest import Screen
 
 
 def test_tail_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
@@ -133,3 +136,14 @@ def test_a_terminal_gets_a_live_bar() -> None:
     assert "2/2" in text
     assert "loss 0.5" in text
     assert "\x1b[?25h" in text  # the cursor is back
+
+
+def test_notes_of_a_run_that_stopped_are_not_told_again(screen: Screen, tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    row = {"step": 3, "loss": 1.5, "tokens_per_s": 10.0}
+    path.write_text("".join(json.dumps(one) + "\n" for one in ({"note": "old news"}, row)))
+    with train._shown(path, 8, screen.console), path.open("a") as file:
+        file.write(json.dumps({"note": "fresh news"}) + "\n")
+    assert "fresh news" in screen.text
+    assert "old news" not in screen.text
+    assert "4/8" in screen.text

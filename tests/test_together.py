@@ -212,6 +212,25 @@ def test_a_failed_domain_leaves_the_group(
     assert planned["tools"].problem is None
 
 
+def test_validation_users_that_cannot_be_read_spoil_one_domain_only(
+    make_run: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = make_run(*SETTINGS, "tune.valid_every=2")
+    planned = plan(experiment, "work")
+    original = together.make_member
+
+    def spoilt(lm: Any, bank: Any, name: str, plan: Any) -> Any:
+        if "rivers" in name:
+            raise IndexError("no such title")
+        return original(lm, bank, name, plan)
+
+    monkeypatch.setattr(together, "make_member", spoilt)
+    assert together.train_group(orders(experiment, planned)) == [planned["rivers"].folder]
+    assert planned["rivers"].problem == "IndexError: no such title"
+    assert planned["lamps"].is_finished
+    assert planned["tools"].is_finished
+
+
 def test_what_no_group_can_do_is_told_to_every_trial(make_run: Factory) -> None:
     experiment = make_run(*SETTINGS, "tune.lora.dropout=0.5")
     planned = plan(experiment, "work")

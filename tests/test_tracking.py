@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rc_ray import tracking
+from rc_ray import together, tracking
 from rc_ray.artifacts import RunFolder
 from rc_ray.errors import ConfigError
 from rc_ray.sweep_plan import plan_trials, trial_config
@@ -53,11 +53,12 @@ def test_tensorboard_drops_what_a_stopped_run_had_logged_too_far(tmp_path: Path)
     config = TrackingConfig(tensorboard=True)
     log_some(config, tmp_path / "shop", range(4))
     assert scalars(tmp_path / "shop" / "tensorboard" / "spirit") == [
-        (step, "loss", 10.0 - step) for step in range(4)
+        (0, "start", 1.0),  # of a run that was killed before its first checkpoint
+        *((step, "loss", 10.0 - step) for step in range(4)),
     ]
     log_some(config, tmp_path / "shop", range(2, 4))
     everything = scalars(tmp_path / "shop" / "tensorboard" / "spirit")
-    assert [row for row in everything if row[1] == "start"] == [(2, "start", 1.0)]
+    assert [row[0] for row in everything if row[1] == "start"][-1] == 2
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -87,6 +88,55 @@ def test_trials_log_each_step_alone_and_in_groups(make_run: Factory, grouped: bo
         logged = [row for row in scalars(curve) if row[1] == "loss"]
         assert [row[0] for row in logged] == [0, 1, 2]
         assert [row[2] for row in logged] == pytest.approx(losses)
+
+
+def test_a_finished_training_done_anew_is_another_run_of_mlflow(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "store").as_uri()
+    log_some(TrackingConfig(mlflow=uri), tmp_path / "shop", range(3))
+    log_some(TrackingConfig(mlflow=uri), tmp_path / "shop", range(2))
+    log_some(TrackingConfig(mlflow=uri), tmp_path / "shop", range(2, 3))  # the newest goes on
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    steps = [
+        [one.step for one in client.get_metric_history(run.info.run_id, "loss")] for run in runs
+    ]
+    assert steps == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_the_curve_of_a_domain_that_leaves_its_group_ends_as_failed(
+    make_run: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "store").as_uri()
+    experiment = make_run(
+        "data.ingredients=[tools,lamps]",
+        "data.spirit=[rivers]",
+        "tune.num_steps=2",
+        f"tracking.mlflow={uri}",
+    )
+    run_dir = experiment.run_dir
+    orders = [
+        trial_config(experiment, RunFolder(run_dir), trial, Path(experiment.model.path))
+        for domain in ("tools", "lamps")
+        for trial in plan_trials(experiment, RunFolder(run_dir), domain, run_dir / "work")
+    ]
+    original = together.write_step
+
+    def write_step(log: Any, metrics: Any, setting: Any) -> None:
+        if "lamps" in log.name and metrics["step"] == 1:
+            raise OSError("the disk is gone")
+        original(log, metrics, setting)
+
+    monkeypatch.setattr(together, "write_step", write_step)
+    assert train_group(orders) == [Path(orders[1]["folder"])]
+    client = mlflow.MlflowClient(uri)
+    experiment_id = client.get_experiment_by_name(run_dir.name).experiment_id
+    runs = {run.info.run_name: run for run in client.search_runs([experiment_id])}
+    assert {name.split("/")[1]: run.info.status for name, run in runs.items()} == {
+        "tools": "FINISHED",
+        "lamps": "FAILED",
+    }
 
 
 def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:
@@ -128,6 +178,72 @@ def test_several_curves_are_open_at_once_and_a_failed_one_says_so(tmp_path: Path
     runs = client.search_runs([experiment.experiment_id])
     found = {run.info.run_name: (run.info.status, run.data.metrics["loss"]) for run in runs}
     assert found == {"a": ("FAILED", 1.0), "b": ("FAILED", 2.0)}
+
+
+def test_a_server_that_dies_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "store").as_uri()
+    monkeypatch.setattr(tracking, "_PAUSE_S", 0.0)
+    original, calls = mlflow.MlflowClient.log_batch, []
+
+    def failing(self: Any, *arguments: Any, **named: Any) -> None:
+        calls.append(len(calls))
+        if len(calls) in (2, 3):
+            raise mlflow.exceptions.MlflowException("Max retries exceeded\nand so on")
+        original(self, *arguments, **named)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", failing)
+    log_some(TrackingConfig(mlflow=uri), tmp_path / "shop", range(5))
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(one.step, one.value) for one in history] == [(s, 10.0 - s) for s in (0, 3, 4)]
+    assert run.info.status == "FINISHED"
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == "rc_ray.tracking"]
+    assert warning.startswith(f"MLflow at {uri} fails (MlflowException: Max retries exceeded); the")
+
+
+def test_a_server_that_is_down_when_a_worker_starts_is_asked_again_after_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "store").as_uri()
+    now, attempts, original = [1000.0], [], tracking._mlflow_run
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+
+    def starting(*arguments: Any) -> Any:
+        attempts.append(now[0])
+        if now[0] < 1100.0:
+            raise OSError("refused")
+        return original(*arguments)
+
+    monkeypatch.setattr(tracking, "_mlflow_run", starting)
+    common: dict[str, Any] = {"fingerprint": "1", "start_step": 0, "parameters": {}}
+    config = TrackingConfig(mlflow=uri)
+    with (
+        tracking.tracked(config, tmp_path, name="a", **common) as log,
+        tracking.tracked(config, tmp_path, name="b", **common),  # does not ask by itself
+    ):
+        for step in range(4):
+            log({"step": step, "loss": 1.0})
+            now[0] += tracking._PAUSE_S / 2
+    assert attempts == [1000.0, 1000.0 + tracking._PAUSE_S]
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [2, 3]
+
+
+def test_a_full_disk_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("tensorboardX.SummaryWriter", full)
+    log_some(TrackingConfig(tensorboard=True), tmp_path / "shop", range(3))
+    assert "TensorBoard fails (OSError: No space left on device)" in caplog.text
 
 
 def test_off_means_nothing_is_written(tmp_path: Path) -> None:

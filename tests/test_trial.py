@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rc_ray import artifacts, mixing, tune
+from rc_ray import artifacts, mixing, trial_workers, tune
 from rc_ray import trial as trials
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import load_adapter, save_adapter
 from rc_ray.engines import Learner
+from rc_ray.errors import UserError
 from rc_ray.merge import make_order
 from rc_ray.sweep_choice import choose_trial
 from tests.conftest import Factory, Screen
@@ -62,8 +64,46 @@ def test_another_validation_trains_nothing(
     assert plan(with_tune(experiment, learning_rate=0.5))[0].folder != trial.folder
 
 
-def test_the_checkpoint_outlives_a_kill_before_the_manifest(
+def test_nothing_hidden_is_left_of_killed_writers(make_run: Factory) -> None:
+    experiment = make_run(*SETTINGS)
+    (trial,) = plan(experiment)
+    (trial.folder / "..checkpoint.x1y2").mkdir(parents=True)
+    train(experiment, trial)
+    assert trial.is_finished
+    assert [path.name for path in trial.folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_workers_start_without_the_record_that_a_killed_ray_left(
     make_run: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray_train = pytest.importorskip("ray.train")
+    torch_train = pytest.importorskip("ray.train.torch")
+    experiment = make_run(*SETTINGS, "tune.num_workers=2")
+    (trial,) = plan(experiment)
+    folder = RunFolder(experiment.run_dir)
+    order = tune.trial_config(experiment, folder, trial, Path(experiment.model.path))
+    books = trial.folder / trials.WORKERS / order["training_fingerprint"][:16]
+    books.mkdir(parents=True)
+    (books / "checkpoint_manager_snapshot.json").write_text('{"half')
+    seen: list[list[str]] = []
+
+    class Trainer:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            seen.append([path.name for path in books.iterdir()])
+
+        def fit(self) -> Any:
+            return SimpleNamespace(return_value={"error": "seen"})
+
+    monkeypatch.setattr(torch_train, "TorchTrainer", Trainer)
+    monkeypatch.setattr(trial_workers, "_reporter", lambda _: ray_train.UserCallback())
+    with pytest.raises(UserError, match="seen"):
+        trial_workers.train_on_workers(order)
+    assert seen == [[]]
+
+
+@pytest.mark.parametrize("moved_aside", [False, True])
+def test_the_checkpoint_outlives_a_kill_before_the_manifest(
+    make_run: Factory, monkeypatch: pytest.MonkeyPatch, moved_aside: bool
 ) -> None:
     experiment = make_run(*SETTINGS)
     (trial,) = plan(experiment)
@@ -75,6 +115,10 @@ def test_the_checkpoint_outlives_a_kill_before_the_manifest(
         patch.setattr(trials, "write_manifest", killed)
         with pytest.raises(KeyboardInterrupt):
             train(experiment, trial)
+
+    checkpoint = trial.folder / trials.CHECKPOINT
+    if moved_aside:  # by a writer that was killed before the next one had its name
+        checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old-17"))
 
     def untrained(self: Any) -> Any:
         assert self.start_step == 2

@@ -93,17 +93,35 @@ class Batch:
     def flattened(self) -> Batch:
         """The same examples one behind the other in one row, (1, N), without padding."""
         device = self.input_ids.device
-        place_of = torch.zeros(self.input_ids.numel(), dtype=torch.long, device=device)
-        place_of[self.places] = torch.arange(len(self.places), device=device)
+        moved = self._moved(torch.arange(len(self.places), device=device), 1, len(self.places))
         return replace(
-            self,
-            input_ids=self.input_ids.flatten()[self.places][None],
+            moved,
             position_ids=torch.cat([torch.arange(n, device=device) for n in self.lengths])[None],
             segments=torch.repeat_interleave(
                 torch.arange(len(self.lengths), device=device),
                 torch.tensor(self.lengths, device=device),
             )[None],
-            places=torch.arange(len(self.places), device=device),
+        )
+
+    def apart(self) -> Batch:
+        """The same examples each in a row of its own, which needs no mask."""
+        width = max(self.lengths)
+        places = [torch.arange(n) + row * width for row, n in enumerate(self.lengths)]
+        return self._moved(torch.cat(places).to(self.input_ids.device), len(self.lengths), width)
+
+    def _moved(self, places: Tensor, num_rows: int, width: int) -> Batch:
+        """The tokens at other places, (N,), of a batch of another shape."""
+        device = self.input_ids.device
+        place_of = torch.zeros(self.input_ids.numel(), dtype=torch.long, device=device)
+        place_of[self.places] = places
+        input_ids = torch.zeros(num_rows * width, dtype=torch.long, device=device)
+        input_ids[places] = self.input_ids.flatten()[self.places]
+        return replace(
+            self,
+            input_ids=input_ids.view(num_rows, width),
+            position_ids=None,
+            segments=None,
+            places=places,
             decisions={
                 name: replace(found, positions=place_of[found.positions])
                 for name, found in self.decisions.items()

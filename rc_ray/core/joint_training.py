@@ -21,7 +21,6 @@ from rc_ray.core.adapters import Adapter
 from rc_ray.core.batches import Batch
 from rc_ray.core.lora_bank import LoraBank
 from rc_ray.core.model import LanguageModel, decoder_hidden
-from rc_ray.core.packed_attention import fits_window
 from rc_ray.core.training import StepMetrics, TorchEngine, TrainingModule, TrainingPlan
 from rc_ray.core.validation import BestSoFar, HeldOutTitles
 
@@ -176,8 +175,7 @@ class JointTraining:
 
     def _part(self, name: str, batch: Batch) -> Part:
         module = self.members[name].engine.module
-        is_packed = module.is_packed and fits_window(self.lm.model, batch.lengths)
-        return Part(name, batch.flattened() if is_packed else batch, is_packed)
+        return Part(name, module.arranged(batch), module.reads_packed(batch))
 
     def _loss(self, name: str, batch: Batch) -> Tensor:
         part = self._part(name, batch)

@@ -286,7 +286,8 @@ def load_language_model(
     """Load a base LLM from a folder in transformers form, frozen and in evaluation mode.
 
     Raises:
-        ArtifactError: the folder is missing or its files are damaged.
+        ArtifactError: the folder is missing, its files are damaged, or its layers are of a kind
+            that cannot be used.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -299,6 +300,7 @@ def load_language_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ArtifactError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
+    _check_layers(model, folder)
     model.requires_grad_(False)
     return LanguageModel(model=model.to(device).eval(), tokenizer=tokenizer)
 
@@ -353,7 +355,8 @@ def model_without_weights(folder: Path | str) -> PreTrainedModel:
     """The layers of a model with nothing in them, to see what a LoRA would find.
 
     Raises:
-        ArtifactError: the folder is missing or its description is damaged.
+        ArtifactError: the folder is missing, its description is damaged, or its layers are of a
+            kind that cannot be used.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -362,7 +365,23 @@ def model_without_weights(folder: Path | str) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
     assert isinstance(model, PreTrainedModel)
+    _check_layers(model, folder)
     return model
+
+
+def _check_layers(model: PreTrainedModel, folder: Path | str) -> None:
+    """Refuse layers that carry a state from token to token, whichever mask is given.
+
+    Training and ranking put several texts in one row.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    others = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
+    if model._is_stateful or others:
+        found = f" ({', '.join(others)})" if others else ""
+        raise ArtifactError(
+            f"{folder}: {type(model).__name__} has layers{found} through which the texts of a row "
+            "would see each other; set `model.path` to a model of attention layers alone"
+        )
 
 
 def lora_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:

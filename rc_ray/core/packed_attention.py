@@ -37,9 +37,10 @@ def install_packed_attention(model: PreTrainedModel) -> bool:
 
 
 def fits_window(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
-    """Whether no text is longer than the window that the model's attention is confined to."""
-    window = getattr(model.config, "sliding_window", None)
-    return window is None or max(lengths) <= window
+    """Whether no text is longer than a window or chunk that attention is confined to."""
+    config = model.config.get_text_config()
+    found = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return all(max(lengths) <= window for window in found if window is not None)
 
 
 def packed_attention(

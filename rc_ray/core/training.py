@@ -9,7 +9,6 @@ Letters: B rows, T tokens, H hidden size, V catalogue tokens, D trie decisions.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 from rc_ray.core.batches import Batch, Example, count_targets, pack
 from rc_ray.core.domains import Domain
 from rc_ray.core.model import base_of, checkpoint_activations, decoder_hidden, output_rows
+from rc_ray.core.optimizer import make_optimizer, make_schedule
 from rc_ray.core.packed_attention import fits_window, install_packed_attention
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.trie import CatalogueTrie
@@ -243,14 +243,25 @@ class TrainingModule(nn.Module):
 
         Multiplied by the number of workers, since engines average gradients over them.
         """
-        if self.is_packed and fits_window(base_of(self.model), batch.lengths):
-            batch = batch.flattened()
+        batch = self.arranged(batch)
+        if self.reads_packed(batch):
             hidden = decoder_hidden(
                 self.model, batch.input_ids, batch.position_ids, lengths=batch.lengths
             )
         else:
             hidden = decoder_hidden(self.model, batch.input_ids, batch.position_ids, batch.mask)
         return self.loss(hidden, batch)
+
+    def reads_packed(self, batch: Batch) -> bool:
+        """Whether the model reads the batch's texts one behind the other in one row."""
+        return self.is_packed and fits_window(base_of(self.model), batch.lengths)
+
+    def arranged(self, batch: Batch) -> Batch:
+        """The batch in the rows that the model reads it in."""
+        if self.reads_packed(batch):
+            return batch.flattened()
+        # A mask of ours would let a layer look past its window; transformers' own does not.
+        return batch if fits_window(base_of(self.model), batch.lengths) else batch.apart()
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The same from the last hidden states of the batch's rows, (B, T, H)."""
@@ -311,30 +322,6 @@ class TorchEngine:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the LoRA parameters."""
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.999)
-    )
-
-
-def make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then the configured decay to a tenth of the peak."""
-    warmup = max(1, round(config.warmup_fraction * config.num_steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, config.num_steps - warmup))
-        if config.schedule == "cosine":
-            return 0.1 + 0.45 * (1.0 + math.cos(math.pi * progress))
-        return 1.0 - 0.9 * progress if config.schedule == "linear" else 1.0
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def train_steps(

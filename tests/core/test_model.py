@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, PretrainedConfig
 
 from rc_ray.core.adapters import (
     ADAPTER_CONFIG,
@@ -25,6 +25,7 @@ from rc_ray.core.model import (
     LanguageModel,
     choose_dtype,
     load_language_model,
+    model_without_weights,
 )
 from rc_ray.errors import ArtifactError
 from tests.tiny import make_model
@@ -233,3 +234,21 @@ def test_one_stalled_product_does_not_decide_the_precision(monkeypatch) -> None:
 def test_auto_takes_a_precision_that_works() -> None:
     assert choose_dtype("float32") is torch.float32
     assert choose_dtype("auto") in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MambaConfig(hidden_size=8, num_hidden_layers=1), "MambaForCausalLM has layers"),
+        (
+            Lfm2Config(hidden_size=64, num_hidden_layers=2, full_attn_idxs=[1]),
+            r"has layers \(conv\) through which",
+        ),
+    ],
+)
+def test_layers_that_carry_a_state_are_refused(
+    tmp_path: Path, config: PretrainedConfig, message: str
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match=message):
+        model_without_weights(tmp_path)

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import MistralConfig, MistralForCausalLM
 
+from rc_ray.core.batches import Example, pack
 from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.model import load_language_model, with_lora
+from rc_ray.core.packed_attention import fits_window
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import TrainingModule, TrainingPlan
+from rc_ray.core.trie import CatalogueTrie
+from rc_ray.training_config import TrainingConfig
 from tests.core.test_training import make_domain, make_plan
 from tests.tiny import make_model
 
@@ -97,16 +102,55 @@ def test_a_text_may_end_within_a_title_that_is_cut_short(folder: Path) -> None:
     assert cut > 0
 
 
-def test_a_window_shorter_than_a_text_is_kept(folder: Path) -> None:
-    """Packed attention knows no window, so rows with transformers' own masks are read instead."""
+@pytest.mark.parametrize("field", ["sliding_window", "attention_chunk_size"])
+def test_packed_attention_is_not_for_texts_longer_than_a_window(folder: Path, field: str) -> None:
     module, _, batch = make_module(folder)
-    module.model.get_base_model().config.sliding_window = max(batch.lengths) - 1
+    base = module.model.get_base_model()
+    setattr(base.config, field, max(batch.lengths))
+    assert fits_window(base, batch.lengths)
+    setattr(base.config, field, max(batch.lengths) - 1)
     shapes = []
     module.model.get_base_model().get_decoder().embed_tokens.register_forward_hook(
         lambda _, inputs, output: shapes.append(tuple(inputs[0].shape))
     )
     module(batch)
-    assert shapes == [tuple(batch.input_ids.shape)]
+    assert shapes == [(len(batch.lengths), max(batch.lengths))]
+
+
+@pytest.mark.parametrize("window", [4, 40])
+def test_no_layer_looks_past_its_window(window: int) -> None:
+    torch.manual_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=window,
+            initializer_range=0.3,
+        )
+    ).eval()
+    trie = CatalogueTrie([[4, 7], [4, 8], [5]])
+    titles = [[4, 7], [4, 8], [5]]
+    examples = [
+        Example("shop", (*range(10, 10 + length), *titles[item]), ((item, length),))
+        for length, item in ((9, 0), (4, 1), (3, 2))  # the short ones share a row
+    ]
+    batch = pack(examples, {"shop": trie}, {"shop": titles})
+    assert batch.mask is not None
+    config = TrainingConfig(loss="vocabulary", batch_size=3)
+    module = TrainingModule(model, {"shop": trie}, config)
+    got = module(replace(batch, num_global_tokens=1))
+    wanted = 0.0
+    for example in examples:
+        ((item, start),) = example.titles
+        with torch.no_grad():
+            logits = model(torch.tensor([example.tokens])).logits[0, start - 1 : -1]
+        logits = logits.log_softmax(-1)
+        wanted -= float(logits[range(len(titles[item])), titles[item]].sum())
+    assert got.item() == pytest.approx(wanted, rel=1e-5)
 
 
 class Wide(TorchDispatchMode):

@@ -142,4 +142,6 @@ def test_a_manifest_names_the_best_validation() -> None:
     found = summary(rows)
     assert (found["best_valid_loss"], found["best_num_steps"]) == (0.7, 4)
     assert found["num_steps"] == 6
+    rows[1]["valid_loss"] = float("nan")  # no number is below it
+    assert summary(rows)["best_valid_loss"] == 0.7
     assert np.isclose(found["final_loss"], 1.0)
