@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rc_ray.artifacts import fingerprint, is_finished, replaced_dir
+from rc_ray.artifacts import replaced_dir
 from rc_ray.checkpoints import TrainingState, check_model, model_shape, read_state, write_state
 from rc_ray.core.adapters import Adapter
 from rc_ray.core.domains import read_domain
@@ -26,6 +26,7 @@ from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import StepMetrics, TrainingPlan
 from rc_ray.engines import prepare_process
 from rc_ray.errors import ArtifactError
+from rc_ray.sweep_plan import is_finished
 from rc_ray.tracking import Log, tracked_trial
 from rc_ray.training_config import TrainingConfig
 from rc_ray.trial import (
@@ -62,7 +63,7 @@ def train_group(orders: Sequence[Order]) -> list[Path]:
 
     adapters: dict[str, Adapter] = {}
     ready: list[Order] = []
-    unfinished = [order for order in orders if not _is_finished(order)]
+    unfinished = [order for order in orders if not is_finished(order)]
     for order in unfinished:
         folder = Path(order["folder"])
         try:
@@ -194,11 +195,6 @@ class _Group:
                 schedule.step()
         member.num_steps_done, member.finished = state.num_steps_done, state.finished
         member.best = state.best
-
-
-def _is_finished(order: Order) -> bool:
-    known = fingerprint(config=order["config"], seed=order["seed"], inputs=order["inputs"])
-    return is_finished(Path(order["folder"]), known)
 
 
 def _state(training: JointTraining, name: str, base_name: str) -> TrainingState:

@@ -27,6 +27,7 @@ from rc_ray.sweep_plan import (
     STOPPED,
     Trial,
     orders_in,
+    orders_of,
     pending,
     plan_trial,
     plan_trials,
@@ -78,7 +79,9 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
             if not force and _is_up_to_date(experiment, folder, domain, inputs):
                 up_to_date.append(domain)
                 continue
-            trials[domain] = _trials_of(experiment, folder, domain, work)
+            found = _trials_of(experiment, folder, domain, work)
+            pending(found)  # a damaged record of a trial is a problem of this domain alone
+            trials[domain] = found
         except ArtifactError as error:
             failed[domain] = str(error)
     if len(up_to_date) > _MAX_LINES:
@@ -143,15 +146,15 @@ def _trials_of(experiment: Experiment, folder: RunFolder, domain: str, work: Pat
         plan_trial(
             experiment, inputs, domain, work, TrainingConfig.model_validate(order["setting"])
         )
-        for _, order in read_orders(_orders_dir(experiment, work))
-        if order["domain"] == domain
+        for _, order in orders_of(_orders_dir(experiment, work), domain, inputs)
     ]
 
 
 def _orders_dir(experiment: Experiment, work: Path) -> Path:
     """Where the orders of this search lie; those of another one are not mixed with them."""
     recipe = recipes.ingredient(experiment, "").config
-    return work / ".orders" / artifacts.digest({"seed": experiment.seed, **recipe})[:16]
+    known = {"seed": experiment.seed, "method": artifacts.METHOD, **recipe}
+    return work / ".orders" / artifacts.digest(known)[:16]
 
 
 def _seconds_trained(trials: Mapping[str, list[Trial]]) -> float:
@@ -264,8 +267,9 @@ def _fit(
     view = SweepView(console, orders_dir, [trial.folder for trial in left], num_trials, request)
     with view.shown():
         died = fit(
-            work / ".tune" / _sweep_name(experiment, trials),
+            work / ".tune" / _sweep_name(experiment, folder, trials),
             handed,
+            orders_dir / "groups" if grouped else orders_dir,
             run_group if grouped else run_trial,
             config,
             request,
@@ -287,12 +291,16 @@ def _fit(
     return num_slots, problems
 
 
-def _sweep_name(experiment: Experiment, trials: Mapping[str, list[Trial]]) -> str:
+def _sweep_name(
+    experiment: Experiment, folder: RunFolder, trials: Mapping[str, list[Trial]]
+) -> str:
     """Of Tune's books: another search, other data or other resources are another sweep."""
+    is_planned = experiment.tune.is_planned
     planned = {
-        domain: [found[0].inputs if found else None, [trial.fingerprint for trial in found]]
-        if experiment.tune.is_planned
-        else None
+        domain: [
+            recipes.ingredient(experiment, domain).inputs(folder),
+            [trial.fingerprint for trial in found] if is_planned else None,
+        ]
         for domain, found in trials.items()
     }
     judged = [trial.scheduler for found in trials.values() for trial in found][:1]
