@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rc_ray import artifacts, recipes, tracking
 from rc_ray.artifacts import RunFolder
@@ -20,7 +19,7 @@ from rc_ray.config import Experiment
 from rc_ray.curves import read_metrics
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.progress import Progress
-from rc_ray.session import num_fitting, require_resources, resources_text
+from rc_ray.session import resources_text
 from rc_ray.sweep_choice import IngredientsFailed, choose_trial
 from rc_ray.sweep_plan import (
     ERROR,
@@ -36,12 +35,9 @@ from rc_ray.sweep_plan import (
     write_groups,
     write_order,
 )
+from rc_ray.sweep_resources import check_request, make_request, slots
 from rc_ray.sweep_summary import write_summary
 from rc_ray.training_config import TrainingConfig
-from rc_ray.trial_memory import estimate_bytes, read_shape, tokens_per_title
-
-if TYPE_CHECKING:
-    from rc_ray.sweep import Request
 
 _MAX_LINES = 20
 """Domains that are told one by one at the end."""
@@ -61,7 +57,7 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         The folder with one PEFT LoRA folder per domain, and the sweep's summary.
 
     Raises:
-        ConfigError: the cluster has no room for a single trial.
+        ConfigError: the cluster has no room for a single trial, or no trial could do what is asked.
         IngredientsFailed: names the domains without an ingredient and why.
     """
     folder = RunFolder(experiment.run_dir.absolute())
@@ -233,8 +229,9 @@ def _fit(
     for line in tracking.prepare(experiment.tracking, folder.root):
         console.note(line)
     model = model_dir(experiment.model.path, console.note)
-    request = _request(experiment, folder, model, left, trials)
-    num_slots = _num_slots(experiment, request)
+    check_request(config, model)
+    request = make_request(experiment, folder, model, left, trials)
+    num_slots = slots(config, request)
     orders_dir = _orders_dir(experiment, work)
     # Of all trials of these domains: what the finished ones showed decides whom ASHA stops.
     orders = {}
@@ -306,59 +303,3 @@ def _sweep_name(
     judged = [trial.scheduler for found in trials.values() for trial in found][:1]
     settings = experiment.tune.model_dump(mode="json")
     return artifacts.digest([planned, judged, settings, experiment.seed, artifacts.METHOD])[:16]
-
-
-def _request(
-    experiment: Experiment,
-    folder: RunFolder,
-    model: Path,
-    left: Sequence[Trial],
-    domains: Iterable[str],
-) -> Request:
-    """What each process of a trial asks for; the largest setting and titles decide for all."""
-    from rc_ray.sweep import Request
-
-    config = experiment.tune
-    if config.memory_per_trial_gb is not None:
-        memory = int(config.memory_per_trial_gb * 1e9)
-    else:
-        shape = read_shape(model)
-        titles = tokens_per_title(folder.domain_dir(domain) for domain in domains)
-        asked = () if config.is_planned else config.settings()
-        memory = max(
-            estimate_bytes(
-                shape,
-                setting,
-                dtype=experiment.model.dtype,
-                use_gpu=config.gpus_per_trial > 0,
-                tokens_per_title=titles,
-                tokens_per_batch=experiment.evaluate.tokens_per_batch,
-                num_listed=experiment.data.num_negatives,
-                num_domains=config.domains_per_trial,
-                tokens_per_pass=config.tokens_per_pass,
-            )
-            for setting in {*(trial.setting for trial in left), *asked}
-        )
-    return Request(config.cpus_per_trial, config.gpus_per_trial, memory, config.num_workers)
-
-
-def _num_slots(experiment: Experiment, request: Request) -> int:
-    """How many trials run side by side.
-
-    Raises:
-        ConfigError: not one fits.
-    """
-    config = experiment.tune
-    if config.memory_per_trial_gb is None:
-        memory_text = "the memory estimated for a trial (`tune.memory_per_trial_gb` overrules it)"
-    else:
-        memory_text = "`tune.memory_per_trial_gb`"
-    require_resources(
-        f"`tune.cpus_per_trial`, `tune.gpus_per_trial` and {memory_text}",
-        cpus=request.cpus,
-        gpus=request.gpus,
-        memory=request.memory,
-        count=request.num_workers,
-    )
-    fitting = num_fitting(request.cpus, request.gpus, request.memory) // request.num_workers
-    return max(1, min(fitting, config.max_concurrent_trials or fitting))

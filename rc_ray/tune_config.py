@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
@@ -23,6 +24,8 @@ _FORM_FIELDS = ("style", "loss", "prior_in_loss")
 """What decides the form of the prompts and the likelihood that an adapter learns."""
 _JUDGE_FIELDS = ("valid_every", "num_valid_histories", "patience")
 """What decides when and on whom trials are compared."""
+_MAX_CORNERS = 1000
+"""Of the space that Optuna chooses from, to be checked in advance."""
 
 
 class AshaConfig(Section):
@@ -109,9 +112,14 @@ class TuneConfig(TrainingConfig):
         for field, distribution in space.distributions.items():
             for value in distribution.ends:
                 self._setting({**space.draw(self.search_seed, 0), field: value})
+        if self.gpus_per_trial > 1:
+            raise ValueError(
+                f"`gpus_per_trial` is {self.gpus_per_trial:g}: a process uses one GPU; set it to "
+                "1, and `num_workers` to the GPUs that a trial should use"
+            )
         settings = self.settings()
         if self.num_workers > 1:
-            self._check_workers(settings)
+            self._check_workers(self.possible_settings())
         if self.scheduler is not None:
             self._check_scheduler(self.scheduler, settings)
         if self.domains_per_trial > 1:
@@ -152,7 +160,7 @@ class TuneConfig(TrainingConfig):
             )
 
     def _check_workers(self, settings: tuple[TrainingConfig, ...]) -> None:
-        if 0 < self.gpus_per_trial < 1 or self.gpus_per_trial > 1:
+        if 0 < self.gpus_per_trial < 1:
             raise ValueError(
                 f"`gpus_per_trial` is {self.gpus_per_trial:g}: with `num_workers` above 1 it is a "
                 "worker's, which uses one whole GPU; set it to 1 or 0"
@@ -206,6 +214,17 @@ class TuneConfig(TrainingConfig):
                 raise ValueError("`search` has the same point twice; give each value once")
             settings.append(setting)
         return tuple(settings)
+
+    def possible_settings(self) -> tuple[TrainingConfig, ...]:
+        """What has to be possible before a sweep starts, to be checked and measured.
+
+        All points; where Optuna chooses, every combination of the ends of its distributions.
+        """
+        if self.is_planned:
+            return self.settings()
+        ends = {field: one.ends for field, one in self.space.distributions.items()}
+        corners = itertools.islice(itertools.product(*ends.values()), _MAX_CORNERS)
+        return tuple(self._setting(dict(zip(ends, corner, strict=True))) for corner in corners)
 
     def _setting(self, point: Mapping[str, Any]) -> TrainingConfig:
         fields: dict[str, Any] = {name: getattr(self, name) for name in TrainingConfig.model_fields}
