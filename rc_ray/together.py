@@ -59,7 +59,7 @@ def train_group(orders: Sequence[Order]) -> list[Path]:
 
     def fail(order: Order, error: Exception) -> None:
         failed.append(Path(order["folder"]))
-        write_error(failed[-1], error)
+        write_error(failed[-1], error, num_together=len(orders))
 
     adapters: dict[str, Adapter] = {}
     ready: list[Order] = []

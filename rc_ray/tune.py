@@ -223,7 +223,7 @@ def _fit(
     from rc_ray.assets import model_dir
     from rc_ray.sweep import fit
     from rc_ray.sweep_view import SweepView
-    from rc_ray.trial_process import run_group, run_trial
+    from rc_ray.trial_process import mend_memory, run_group, run_trial
 
     config = experiment.tune
     for line in tracking.prepare(experiment.tracking, folder.root):
@@ -277,7 +277,10 @@ def _fit(
             note=console.note,
         )
     problems = {
-        Path(artifacts.read_json(order)["folder"]): why
+        Path(artifacts.read_json(order)["folder"]): (
+            f"its process died again and again; if memory ran out, raise "
+            f"`tune.memory_per_trial_gb`, or {mend_memory(config.domains_per_trial)} ({why})"
+        )
         for path, why in died.items()
         for order in orders_in(path)
     }
