@@ -89,10 +89,13 @@ def test_a_domain_without_validation_users_gets_all_its_points(make_run: Factory
 
 def test_points_of_other_data_are_no_points_of_these(make_run: Factory) -> None:
     experiment = make_run(*SETTINGS)
+    run = RunFolder(experiment.run_dir)
     (old,) = asked(searcher(experiment), "a")
     finish(old, 0.5)
-    manifest = RunFolder(experiment.run_dir).domain_dir("tools") / artifacts.MANIFEST
+    books = tune._sweep_name(experiment, run, {"tools": []})
+    manifest = run.domain_dir("tools") / artifacts.MANIFEST
     artifacts.write_json(manifest, {**artifacts.read_json(manifest), "metrics": {"changed": 1}})
+    assert tune._sweep_name(experiment, run, {"tools": []}) != books
     again = searcher(experiment)
     assert told(again) == []
     assert old["folder"] not in {order["folder"] for order in asked(again, *"bcde")}
