@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from rc_ray import sweep_resources, tune_config
-from rc_ray.errors import ConfigError
+from rc_ray import tune_config
 from rc_ray.search_space import Distribution, read_space
-from rc_ray.sweep_resources import check_request
 from rc_ray.tune_config import TuneConfig
-from tests.tiny import make_model
 
 
 def config(**fields: Any) -> TuneConfig:
@@ -116,32 +112,6 @@ def test_what_optuna_may_choose_is_checked_at_its_ends() -> None:
     assert found == {(size, rank) for size in (4, 9) for rank in (2, 8, 32)}
     with pytest.raises(ValidationError, match="`batch_size` 9 is not divisible by `num_workers` 2"):
         config(**fields, num_workers=2)
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"lora": {"target_modules": ["q_proj", "wq"]}}, "`tune.lora.target_modules` names wq;"),
-        ({"search": {"lora.first_layer": [0, 2]}}, "`tune.lora.first_layer` 2 leaves nothing"),
-    ],
-)
-def test_a_lora_that_the_model_has_no_layers_for_is_refused_before_a_trial(
-    tmp_path: Path, fields: dict[str, Any], words: str
-) -> None:
-    model = make_model(tmp_path / "model")
-    with pytest.raises(ConfigError, match=words):
-        check_request(config(**fields), model)
-    check_request(config(lora={"target_modules": ["q_proj"], "first_layer": 1}), model)
-
-
-def test_trials_of_several_workers_need_deepspeed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_model(tmp_path / "model")
-    monkeypatch.setattr(sweep_resources, "find_spec", lambda name: None)
-    check_request(config(), model)
-    with pytest.raises(ConfigError, match=r"`tune.num_workers` .* install `rc-ray\[ray\]`"):
-        check_request(config(num_workers=2), model)
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:

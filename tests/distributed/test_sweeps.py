@@ -125,6 +125,7 @@ def test_a_trial_larger_than_a_nodes_memory_is_refused(ray_local, make_run, scre
         run(make_run(*SETTINGS, "tune.memory_per_trial_gb=99999"), screen)
 
 
+@pytest.mark.slow
 def test_memory_bounds_how_many_run_at_a_time(ray_local, make_run, screen) -> None:
     import ray
 
