@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from rc_ray import tune_config
@@ -112,6 +115,27 @@ def test_what_optuna_may_choose_is_checked_at_its_ends() -> None:
     assert found == {(size, rank) for size in (4, 9) for rank in (2, 8, 32)}
     with pytest.raises(ValidationError, match="`batch_size` 9 is not divisible by `num_workers` 2"):
         config(**fields, num_workers=2)
+
+
+def test_the_examples_of_the_page_on_sweeps_hold() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    examples = [yaml.safe_load(body) for body in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert examples
+    for example in examples:
+        assert example.keys() == {"tune"}
+    (settings,) = (config(**example["tune"]).settings() for example in examples)
+    assert len(settings) == 8  # as the comment beside it says
+    spans = re.findall(r"`([a-z_.]+)(?:: [^`]*)?`", text)
+    fields = {span.removeprefix("tune.") for span in spans if span.startswith("tune.")}
+    assert fields
+    assert fields <= TuneConfig.model_fields.keys()
+    scheduler = re.search(r"`tune\.(scheduler: \{.*?\})`", text)
+    assert scheduler is not None
+    config(
+        **yaml.safe_load(scheduler[1]),
+        valid_every=25,
+        search={"learning_rate": [0.1, 0.2]},
+    )
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
