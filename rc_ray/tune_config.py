@@ -13,6 +13,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -81,6 +82,15 @@ class TuneConfig(TrainingConfig):
     max_concurrent_trials: PositiveInt | None = None
     """Null: as many as the cluster has resources for."""
     checkpoint_every: PositiveInt = 50
+
+    @field_validator("scheduler", mode="before")
+    @classmethod
+    def _scheduler_is_a_section(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(
+                f"{value!r} alone says too little; write {{name: asha, grace_period: 50}}, or null"
+            )
+        return value
 
     @model_validator(mode="after")
     def _sweep_holds_together(self) -> TuneConfig:
@@ -248,7 +258,8 @@ class TuneConfig(TrainingConfig):
 
 
 def _known_fields() -> str:
+    apart = {"lora", *_FORM_FIELDS, *_JUDGE_FIELDS, *EXECUTION_FIELDS}
     return ", ".join(
-        [field for field in TrainingConfig.model_fields if field != "lora"]
+        [field for field in TrainingConfig.model_fields if field not in apart]
         + [f"lora.{field}" for field in LoraConfig.model_fields]
     )
