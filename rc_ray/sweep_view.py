@@ -20,7 +20,6 @@ from rich.text import Text
 
 from rc_ray import artifacts
 from rc_ray.artifacts import MANIFEST
-from rc_ray.errors import ArtifactError
 from rc_ray.progress import JsonlTail, Progress, duration, polled
 from rc_ray.session import resources_text
 from rc_ray.sweep_plan import ERROR, STOPPED, is_finished, read_orders
@@ -90,9 +89,9 @@ class SweepView:
         self._request = request
         self._free = free or _free_resources
         left = set(folders)
-        found = [order for _, order in read_orders(orders)]
-        self._known = {order["folder"] for order in found}
-        self.rows = [self._row(order) for order in found if Path(order["folder"]) in left]
+        found = read_orders(orders)
+        self._known = {path for path, _ in found}
+        self.rows = [self._row(order) for _, order in found if Path(order["folder"]) in left]
         self._idle_since = time.monotonic()
         self._next_note_s = _FIRST_NOTE_S
         self._last_line = time.monotonic()
@@ -166,13 +165,9 @@ class SweepView:
 
     def _join(self) -> None:
         for path in self._orders.glob("*.json"):
-            try:
-                order = artifacts.read_json(path)
-            except ArtifactError:
-                continue
-            if order["folder"] not in self._known:
-                self._known.add(order["folder"])
-                self.rows.append(self._row(order))
+            if path not in self._known:
+                self._known.add(path)
+                self.rows.append(self._row(artifacts.read_json(path)))
 
     def _look_at(self, row: Row, now: float) -> None:
         path = row.folder / "metrics.jsonl"

@@ -120,6 +120,22 @@ def test_a_sweep_that_does_not_start_says_what_it_asks_and_what_is_free(
     assert screen.text.count("no trial has started") == 1
 
 
+def test_trials_that_come_later_join_and_no_order_is_read_twice(
+    tmp_path: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = write_orders(tmp_path, 1)
+    view = SweepView(screen.console, tmp_path / "orders", folders, 3, REQUEST)
+    write_orders(tmp_path, 2)
+    read: list[str] = []
+    original = artifacts.read_json
+    monkeypatch.setattr(artifacts, "read_json", lambda path: (read.append(path), original(path))[1])
+    for _ in range(2):
+        view.look()
+    assert [row.domain for row in view.rows] == ["domain0", "domain1"]
+    assert view.counts() == "done 0, running 0, waiting 3"
+    assert read == [tmp_path / "orders" / "domain1.trial.json"]
+
+
 def test_several_workers_run_from_their_first_step_on(
     tmp_path: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
