@@ -12,7 +12,7 @@ from typing import Any
 
 from rc_ray.artifacts import read_json, write_json
 from rc_ray.errors import UserError
-from rc_ray.sweep_plan import ERROR, STOPPED
+from rc_ray.sweep_plan import ERROR, STOPPED, was_stopped
 
 
 def run_trial(config: dict[str, Any]) -> None:
@@ -27,6 +27,9 @@ def run_trial(config: dict[str, Any]) -> None:
 
     trial = read_json(Path(config["trial"]))
     folder = Path(trial["folder"])
+    if was_stopped(folder, trial["scheduler"]):  # since Tune last wrote its books
+        tune.report({"failed": False})
+        return
     begin(folder)
 
     def report(num_steps: int, valid_loss: float) -> None:

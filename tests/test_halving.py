@@ -113,6 +113,25 @@ def test_a_stopped_trials_folder_says_so(tmp_path: Path) -> None:
     assert told == {"scheduler": SETTINGS, "num_steps": 2, "valid_loss": 2.0}
 
 
+def test_a_trial_that_a_killed_driver_had_stopped_stays_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import tune
+
+    from rc_ray.sweep_plan import STOPPED
+    from rc_ray.trial_process import run_trial
+
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", reports.append)
+    order = {**write_trial(tmp_path, "films", "a", {2: 3.0}), "scheduler": SETTINGS}
+    artifacts.write_json(tmp_path / "orders" / "films.a.json", order)
+    told = {"scheduler": SETTINGS, "num_steps": 2, "valid_loss": 3.0}
+    artifacts.write_json(tmp_path / "films" / "a" / STOPPED, told)
+    run_trial({"trial": str(tmp_path / "orders" / "films.a.json")})
+    assert reports == [{"failed": False}]
+    assert json.loads((tmp_path / "films" / "a" / STOPPED).read_text()) == told
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
