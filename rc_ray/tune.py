@@ -91,7 +91,8 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     spent = {
         "wall_s": round(time.monotonic() - start, 3),
         "num_slots": num_slots,
-        "training_s": round(_seconds_trained(trials) - before, 3),
+        # A trial that begins anew leaves fewer seconds behind than it had.
+        "training_s": max(0.0, round(_seconds_trained(trials) - before, 3)),
     }
     lines = []
     for domain, found in trials.items():
