@@ -105,11 +105,12 @@ class OptunaPerDomain(Searcher):  # type: ignore[misc]
         return self.suggest(trial_id)
 
     def _order(self, domain: str, point: dict[str, Any]) -> Path | None:
-        """The order of a new point, None for one that the domain has already."""
-        config = self._experiment.tune
-        trial = plan_trial(
-            self._experiment, self._inputs[domain], domain, self._work, config.setting(point)
-        )
+        """The order of a new point, None for one that is no setting or that the domain has."""
+        try:
+            setting = self._experiment.tune.setting(point)
+        except ValueError:  # e.g. a batch between two ends that does not divide into whole parts
+            return None
+        trial = plan_trial(self._experiment, self._inputs[domain], domain, self._work, setting)
         if order_path(self._orders, trial).exists():
             return None
         run = RunFolder(self._work.parent)

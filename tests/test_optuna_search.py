@@ -101,6 +101,17 @@ def test_points_of_other_data_are_no_points_of_these(make_run: Factory) -> None:
     assert old["folder"] not in {order["folder"] for order in asked(again, *"bcde")}
 
 
+def test_a_point_that_is_no_setting_is_not_given(make_run: Factory) -> None:
+    search = "tune.search={batch_size: {randint: [2, 9]}}"
+    experiment = make_run(search, "tune.num_samples=2", *SETTINGS[2:3], "tune.batch_size=3")
+    odd = experiment.model_copy(
+        update={"tune": experiment.tune.model_copy(update={"micro_batch_size": 2})}
+    )
+    sizes = [order["setting"]["batch_size"] for order in asked(searcher(odd), "a", "b")]
+    assert len(set(sizes)) == 2
+    assert not [size for size in sizes if size % 2]
+
+
 def test_what_was_given_after_the_books_were_written_is_given_again(
     make_run: Factory, tmp_path: Path
 ) -> None:
