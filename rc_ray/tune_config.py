@@ -66,7 +66,7 @@ class TuneConfig(TrainingConfig):
     """Validation users that choose among a domain's trials."""
     cpus_per_trial: PositiveFloat = 1.0
     gpus_per_trial: NonNegativeFloat = 0.0
-    """A fraction shares one GPU among trials."""
+    """At most one; a fraction shares a GPU among trials."""
     memory_per_trial_gb: PositiveFloat | None = None
     """Main memory that a trial is given on its node, in 10^9 bytes; null: estimated."""
     num_workers: PositiveInt = 1
