@@ -74,11 +74,6 @@ class OptunaPerDomain(Searcher):  # type: ignore[misc]
         for domain in inputs:
             self._prepare(domain)
 
-    @property
-    def num_left(self) -> int:
-        """Trials still to be given."""
-        return sum(self._left.values())
-
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
     ) -> bool:

@@ -233,8 +233,9 @@ class SweepView:
             f"no trial has started for {waited:.0f} s: each asks for {times}({asked}), all nodes "
             f"together have {there} free; a worker may still be loading, another job may hold "
             "them, or a node is gone. It starts by itself when there is room; or stop it, lower "
-            "`tune.cpus_per_trial`, `tune.gpus_per_trial` or `tune.memory_per_trial_gb`, and start "
-            "it again"
+            + ("`tune.num_workers`, " if request.num_workers > 1 else "")
+            + "`tune.cpus_per_trial`, `tune.gpus_per_trial` or `tune.memory_per_trial_gb`, and "
+            "start it again"
         )
 
     def _runs(self, row: Row) -> bool:

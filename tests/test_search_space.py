@@ -65,6 +65,7 @@ def test_lists_stay_grids_around_the_draws() -> None:
         ({"search": {"speed": [1, 2]}}, "unknown field speed; known: num_steps, batch_size, learn"),
         ({"scheduler": "asha"}, "write {name: asha, grace_period: 50}"),
         ({"search": {"lora": [1, 2]}}, "unknown field lora"),
+        ({"search": {"lora": {"rank": [4, 8]}}}, ", or lora.rank if that is the field's name"),
         ({"search": {"micro_batch_size": [1, 2]}}, "shapes no result"),
         ({"search": {"lora.rank": [4, 8]}, "num_samples": 3}, "`search` draws nothing"),
         ({"num_samples": 3}, "`search` draws nothing"),

@@ -148,6 +148,7 @@ def test_several_workers_run_from_their_first_step_on(
     begin(folder)
     view.look()
     assert "no trial has started for 0 s: each asks for 2 x (2 CPU, 3.0 GB)" in screen.text
+    assert "lower `tune.num_workers`, `tune.cpus_per_trial`" in screen.text
     for losses in ((2.0,), (2.0, 1.9)):
         write_metrics(folder / "metrics.jsonl", rows_of(*losses))
         view.look()
