@@ -10,9 +10,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from rc_ray.artifacts import read_json, write_json
+from rc_ray.artifacts import MANIFEST, read_json, write_json
 from rc_ray.errors import UserError
-from rc_ray.sweep_plan import ERROR, STOPPED, was_stopped
+from rc_ray.sweep_plan import ERROR, STOPPED, is_finished, was_stopped
 
 
 def run_trial(config: dict[str, Any]) -> None:
@@ -27,7 +27,11 @@ def run_trial(config: dict[str, Any]) -> None:
 
     trial = read_json(Path(config["trial"]))
     folder = Path(trial["folder"])
-    if was_stopped(folder, trial["scheduler"]):  # since Tune last wrote its books
+    # It may have ended since a driver that was killed had last written Tune's books.
+    if is_finished(trial):
+        tune.report({"failed": False, **read_json(folder / MANIFEST)["metrics"]})
+        return
+    if was_stopped(folder, trial["scheduler"]):
         tune.report({"failed": False})
         return
     begin(folder)

@@ -34,6 +34,9 @@ def write_trial(
         "domain": domain,
         "folder": str(folder),
         "inputs": {"data": inputs},
+        "config": {},
+        "seed": 3,
+        "scheduler": SETTINGS,
         "setting": {"num_steps": num_steps},
     }
     artifacts.write_json(root / "orders" / f"{domain}.{name}.json", order)
@@ -113,7 +116,7 @@ def test_a_stopped_trials_folder_says_so(tmp_path: Path) -> None:
     assert told == {"scheduler": SETTINGS, "num_steps": 2, "valid_loss": 2.0}
 
 
-def test_a_trial_that_a_killed_driver_had_stopped_stays_so(
+def test_a_trial_that_ended_before_its_driver_was_killed_stays_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray import tune
@@ -123,13 +126,21 @@ def test_a_trial_that_a_killed_driver_had_stopped_stays_so(
 
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr(tune, "report", reports.append)
-    order = {**write_trial(tmp_path, "films", "a", {2: 3.0}), "scheduler": SETTINGS}
-    artifacts.write_json(tmp_path / "orders" / "films.a.json", order)
+    write_trial(tmp_path, "films", "a", {2: 3.0})
     told = {"scheduler": SETTINGS, "num_steps": 2, "valid_loss": 3.0}
     artifacts.write_json(tmp_path / "films" / "a" / STOPPED, told)
     run_trial({"trial": str(tmp_path / "orders" / "films.a.json")})
     assert reports == [{"failed": False}]
     assert json.loads((tmp_path / "films" / "a" / STOPPED).read_text()) == told
+
+    order = write_trial(tmp_path, "films", "b", {})
+    sealed = {key: order[key] for key in ("config", "seed", "inputs")}
+    metrics = {"valid_ndcg": 0.5}
+    artifacts.write_manifest(tmp_path / "films" / "b", stage="tune", metrics=metrics, **sealed)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "films" / "b").iterdir()}
+    run_trial({"trial": str(tmp_path / "orders" / "films.b.json")})
+    assert reports[1:] == [{"failed": False, "valid_ndcg": 0.5}]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "films" / "b").iterdir()} == before
 
 
 @pytest.mark.parametrize(
