@@ -215,6 +215,13 @@ def test_a_failed_domain_leaves_the_group(
     assert planned["tools"].problem is None
 
 
+def test_what_no_group_can_do_is_told_to_every_trial(make_run: Factory) -> None:
+    experiment = make_run(*SETTINGS, "tune.lora.dropout=0.5")
+    planned = plan(experiment, "work")
+    assert len(together.train_group(orders(experiment, planned))) == 3
+    assert all("`lora.dropout` to 0" in str(trial.problem) for trial in planned.values())
+
+
 def test_a_group_that_runs_out_of_memory_says_what_to_lower(
     make_run: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,13 +238,6 @@ def test_a_group_that_runs_out_of_memory_says_what_to_lower(
         assert problem.startswith("out of memory; lower `tune.tokens_per_pass` or ")
         assert "`tune.domains_per_trial`, or set `tune.micro_batch_size`" in problem
         assert len(problem.splitlines()) == 1
-
-
-def test_what_no_group_can_do_is_told_to_every_trial(make_run: Factory) -> None:
-    experiment = make_run(*SETTINGS, "tune.lora.dropout=0.5")
-    planned = plan(experiment, "work")
-    assert len(together.train_group(orders(experiment, planned))) == 3
-    assert all("`lora.dropout` to 0" in str(trial.problem) for trial in planned.values())
 
 
 def test_groups_are_of_one_setting(make_run: Factory, tmp_path: Path) -> None:
