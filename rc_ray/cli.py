@@ -433,16 +433,15 @@ def _plain_errors(verbose: bool) -> Iterator[None]:
 
 
 def _told(error: Exception) -> str:
-    """What an error says; of the system's own (a full disk, no permission), which file it met.
+    """What an error says; of the system's own (a full disk, no permission), which file it met."""
+    from rc_ray.errors import printable
 
-    A quoted value of somebody's file must not steer the terminal: control characters go.
-    """
     text = str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         what = error.strerror or text.strip() or type(error).__name__
         text = f"{where}{what.splitlines()[0]}"
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return printable(text)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Asynchronous successive halving, each domain by itself: losses of two domains do not compare.
 
 Ray does not save a scheduler's state. Every validation stands in its trial's folder, so a domain's
-halving is built again from there whenever a sweep starts, and no verdict depends on when the
-driver died.
+halving is built again from there whenever a sweep starts.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from rc_ray import artifacts
 from rc_ray.curves import read_metrics
-from rc_ray.sweep_plan import STOPPED, read_orders
+from rc_ray.sweep_plan import STOPPED, orders_of
 
 VALID_LOSS = "valid_loss"
 NUM_STEPS = "num_steps_done"
@@ -50,7 +49,7 @@ class HalvingPerDomain(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         # Before the trial runs: its coming validations are not yet in its folder.
-        self.prepare(artifacts.read_json(Path(trial.config["trial"]))["domain"])
+        self.prepare(artifacts.read_json(Path(trial.config["trial"])))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if VALID_LOSS not in result or NUM_STEPS not in result:
@@ -68,27 +67,36 @@ class HalvingPerDomain(FIFOScheduler):  # type: ignore[misc]
             )
         return decision
 
-    def prepare(self, domain: str) -> None:
-        """Take in what the domain's trials have validated so far."""
+    def prepare(self, order: dict[str, Any]) -> None:
+        """Take in what the trials of the order's domain have validated so far, on the same data."""
+        domain = order["domain"]
         if domain in self._of:
             return
         halving = self._of[domain] = _Halving(self._settings)
         seen = []
-        for _, order in read_orders(self._orders):
-            if order["domain"] == domain:
-                folder = Path(order["folder"])
-                for row in read_metrics(folder / "metrics.jsonl"):
-                    if row.get(VALID_LOSS) is not None:
-                        seen.append((row["step"] + 1, folder.name, row[VALID_LOSS]))
+        for _, other in orders_of(self._orders, domain, order["inputs"]):
+            folder = Path(other["folder"])
+            rows = read_metrics(folder / "metrics.jsonl")
+            if (folder / artifacts.MANIFEST).exists():
+                rows = rows[:-1]  # a trial's last validation is never judged
+            for row in rows:
+                if row.get(VALID_LOSS) is not None and not _is_last(other, row["step"] + 1):
+                    seen.append((row["step"] + 1, folder.name, row[VALID_LOSS]))
         # By step: a lower rung is filled before a higher one, as it was.
         for num_steps, name, valid_loss in sorted(seen):
             halving.judge(name, num_steps, valid_loss)
 
     def judge(self, order: dict[str, Any], num_steps: int, valid_loss: float) -> str:
-        """CONTINUE or STOP for a trial that has just validated."""
-        self.prepare(order["domain"])
+        """CONTINUE or STOP for a trial that has just validated; one at its end just ends."""
+        if _is_last(order, num_steps):
+            return str(self.CONTINUE)
+        self.prepare(order)
         name = Path(order["folder"]).name
         return self._of[order["domain"]].judge(name, num_steps, valid_loss)
+
+
+def _is_last(order: dict[str, Any], num_steps: int) -> bool:
+    return bool(num_steps >= order["setting"]["num_steps"])
 
 
 class _Halving:

@@ -18,7 +18,15 @@ from rc_ray import artifacts
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.search_space import Distribution
-from rc_ray.sweep_plan import order_path, plan_trial, read_orders, trial_config, write_order
+from rc_ray.sweep_plan import (
+    is_finished,
+    order_path,
+    orders_of,
+    plan_trial,
+    trial_config,
+    was_stopped,
+    write_order,
+)
 
 METRIC = "valid_ndcg"
 _MAX_ASKS = 50
@@ -57,17 +65,14 @@ class OptunaPerDomain(Searcher):  # type: ignore[misc]
         self._left: dict[str, int] = {}
         self._asked: dict[str, tuple[str, str]] = {}
         self._again: dict[str, list[Path]] = {}
+        self._begun: dict[str, Path] = {}
+        self._given: set[str] = set()
+        self._space = {
+            name.replace(".", "|"): _optuna_distribution(one)
+            for name, one in experiment.tune.space.distributions.items()
+        }
         for domain in inputs:
             self._prepare(domain)
-
-    @property
-    def num_left(self) -> int:
-        """Trials still to be given."""
-        return sum(self._left.values())
-
-    def orders(self) -> list[Path]:
-        """Everything that was given, by this searcher or one before it."""
-        return [path for path, _ in read_orders(self._orders)]
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
@@ -80,28 +85,32 @@ class OptunaPerDomain(Searcher):  # type: ignore[misc]
             return Searcher.FINISHED
         self._left[domain] -= 1
         if self._again[domain]:  # begun by a driver that was killed
-            return {"trial": str(self._again[domain].pop(0))}
+            path = self._begun[trial_id] = self._again[domain].pop(0)
+            self._given.add(path.name)
+            return {"trial": str(path)}
         for attempt in range(_MAX_ASKS):
             asked = trial_id if attempt == 0 else f"{trial_id}.{attempt}"
             point = self._studies[domain].suggest(asked)
             order = self._order(domain, {key.replace("|", "."): v for key, v in point.items()})
             if order is not None:
                 self._asked[trial_id] = (domain, asked)
+                self._given.add(order.name)
                 return {"trial": str(order)}
         self._left[domain] = 0  # a small space: everything in it has been tried
         return self.suggest(trial_id)
 
     def _order(self, domain: str, point: dict[str, Any]) -> Path | None:
-        """The order of a new point, None for one that the domain has already."""
-        config = self._experiment.tune
-        trial = plan_trial(
-            self._experiment, self._inputs[domain], domain, self._work, config.setting(point)
-        )
+        """The order of a new point, None for one that is no setting or that the domain has."""
+        try:
+            setting = self._experiment.tune.setting(point)
+        except ValueError:  # e.g. a batch between two ends that does not divide into whole parts
+            return None
+        trial = plan_trial(self._experiment, self._inputs[domain], domain, self._work, setting)
         if order_path(self._orders, trial).exists():
             return None
         run = RunFolder(self._work.parent)
         order = trial_config(self._experiment, run, trial, self._model, memory=self._memory)
-        return write_order(self._orders, trial, {**order, "point": point})
+        return write_order(self._orders, trial, order)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass
@@ -113,43 +122,79 @@ class OptunaPerDomain(Searcher):  # type: ignore[misc]
             domain, asked = self._asked.pop(trial_id)
             failed = error or bool((result or {}).get("failed"))
             self._studies[domain].on_trial_complete(asked, result, failed)
+        elif trial_id in self._begun:
+            order = artifacts.read_json(self._begun.pop(trial_id))
+            self._tell(order, (result or {}).get(METRIC))
 
     def save(self, checkpoint_path: str) -> None:
         # Studies and what is left; what a restored experiment says else is the pickled searcher's.
-        state = (self._studies, self._left, self._asked, self._again)
+        state = (
+            self._studies,
+            self._left,
+            self._asked,
+            self._again,
+            self._begun,
+            self._given,
+        )
         with open(checkpoint_path, "wb") as file:
             pickle.dump(state, file)
 
     def restore(self, checkpoint_path: str) -> None:
         with open(checkpoint_path, "rb") as file:
-            self._studies, self._left, self._asked, self._again = pickle.load(file)
+            (
+                self._studies,
+                self._left,
+                self._asked,
+                self._again,
+                self._begun,
+                self._given,
+            ) = pickle.load(file)
+        # Given after the books were last written: Tune does not know these.
+        for domain, again in self._again.items():
+            known = {*self._given, *(path.name for path in again)}
+            again += [path for path in self._unfinished(domain) if path.name not in known]
+
+    def _unfinished(self, domain: str) -> list[Path]:
+        return [
+            path
+            for path, order in orders_of(self._orders, domain, self._inputs[domain])
+            if not _has_ended(order)
+        ]
+
+    def _tell(self, order: dict[str, Any], value: float | None) -> None:
+        if value is not None:  # None: it failed, or the domain has no validation users
+            point = _point(order["setting"], self._space)
+            self._studies[order["domain"]].add_evaluated_point(point, value)
 
     def _prepare(self, domain: str) -> None:
         """A study that knows the domain's finished trials."""
         config = self._experiment.tune
-        space = {
-            name.replace(".", "|"): _optuna_distribution(one)
-            for name, one in config.space.distributions.items()
-        }
-        study = OptunaSearch(space, metric=METRIC, mode="max", seed=config.search_seed)
-        again = []
-        num_told = 0
-        for path, order in read_orders(self._orders):
-            if order["domain"] != domain:
-                continue
-            manifest = Path(order["folder"]) / artifacts.MANIFEST
-            value = None
-            if manifest.exists():
-                value = artifacts.read_json(manifest)["metrics"].get(METRIC)
-            if value is None:
-                again.append(path)
-            else:
-                num_told += 1
-                point = {name.replace(".", "|"): v for name, v in order["point"].items()}
-                study.add_evaluated_point(point, value)
-        self._studies[domain] = study
-        self._again[domain] = again
-        self._left[domain] = max(0, (config.num_samples or 0) - num_told)
+        self._studies[domain] = OptunaSearch(
+            self._space, metric=METRIC, mode="max", seed=config.search_seed
+        )
+        num_ended = 0
+        for _, order in orders_of(self._orders, domain, self._inputs[domain]):
+            if _has_ended(order):
+                num_ended += 1
+            if is_finished(order):
+                manifest = artifacts.read_json(Path(order["folder"]) / artifacts.MANIFEST)
+                self._tell(order, manifest["metrics"].get(METRIC))
+        self._again[domain] = self._unfinished(domain)
+        self._left[domain] = max(0, (config.num_samples or 0) - num_ended)
+
+
+def _has_ended(order: dict[str, Any]) -> bool:
+    """Whether a trial is finished, or was stopped early and stays so."""
+    return is_finished(order) or was_stopped(Path(order["folder"]), order["scheduler"])
+
+
+def _point(setting: dict[str, Any], space: Mapping[str, Any]) -> dict[str, Any]:
+    """Where in the space a setting lies; the space's names have a bar in place of the dot."""
+    point = {}
+    for name in space:
+        section, _, leaf = name.rpartition("|")
+        point[name] = (setting[section] if section else setting)[leaf]
+    return point
 
 
 def _optuna_distribution(one: Distribution) -> Any:

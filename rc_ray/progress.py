@@ -24,6 +24,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from rc_ray.errors import printable
+
 
 class JsonlTail:
     """Reads what was appended to a JSON-lines file since the last look.
@@ -198,7 +200,7 @@ class Progress:
         self.close()
 
     def _line(self, text: str) -> None:
-        self._console.print(escape(text))
+        self._console.print(escape(printable(text)))
 
     def _bars_or_none(self) -> Bars | None:
         """The live display, started at its first use; None when the stream is no terminal."""

@@ -119,9 +119,11 @@ def read_space(search: Mapping[str, Any]) -> SearchSpace:
 
 def _read_distribution(field: str, entry: Mapping[str, Any]) -> Distribution:
     if len(entry) != 1 or next(iter(entry)) not in KINDS:
+        names = ", ".join(map(str, entry)) or "of no name"
+        inner = f", or {field}.{next(iter(entry))} if that is the field's name" if entry else ""
         raise ValueError(
-            f"`search` has the unknown distribution {', '.join(map(str, entry)) or 'of no name'} "
-            f"for {field}; write one of {_forms()}"
+            f"`search` has the unknown distribution {names} for {field}; write one of {_forms()}"
+            f"{inner}"
         )
     kind: Kind
     kind, values = next(iter(entry.items()))  # type: ignore[assignment]

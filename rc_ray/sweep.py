@@ -41,6 +41,7 @@ class Request:
 def fit(
     books: Path,
     orders: Sequence[Path],
+    orders_dir: Path,
     trainable: Callable[[dict[str, Any]], None],
     config: TuneConfig,
     request: Request,
@@ -56,6 +57,7 @@ def fit(
     Args:
         books: Tune's folder of this sweep; it is gone on with where there is one.
         orders: one file per planned trial.
+        orders_dir: the folder with these files, or where the searcher writes its own.
         trainable: gets `{"trial": path of the order}`.
         config: of the sweep.
         request: what a trial's process asks for.
@@ -105,14 +107,13 @@ def fit(
     else:
         note("the sweep of a driver that was killed goes on")
     results = tuner.fit()
-    # By the folder's name: Tune knows no settings of a trial that died before its first report.
-    given = orders if searcher is None else searcher.orders()
-    paths = {path.stem: path for path in given}
     died = {}
     for result in results:
         if result.error is not None:
             lines = str(result.error).strip().splitlines() or [type(result.error).__name__]
-            died[paths[Path(result.path).name]] = lines[-1]
+            # By the folder's name: Tune knows no settings of a trial that died before its first
+            # report, and a restored sweep may hold groups that are not among `orders`.
+            died[orders_dir / f"{Path(result.path).name}.json"] = lines[-1]
     # Only a sweep that was cut off is gone on with.
     shutil.rmtree(books, ignore_errors=True)
     return died

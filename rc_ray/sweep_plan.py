@@ -50,10 +50,7 @@ class Trial:
     @property
     def is_stopped(self) -> bool:
         """Whether this scheduler stopped it; another one's verdict does not count."""
-        path = self.folder / STOPPED
-        if self.scheduler is None or not path.exists():
-            return False
-        return bool(artifacts.read_json(path)["scheduler"] == self.scheduler)
+        return was_stopped(self.folder, self.scheduler)
 
     @property
     def problem(self) -> str | None:
@@ -66,6 +63,14 @@ class Trial:
         """The metrics of a finished trial."""
         metrics: dict[str, Any] = artifacts.read_json(self.folder / artifacts.MANIFEST)["metrics"]
         return metrics
+
+
+def was_stopped(folder: Path, scheduler: Mapping[str, Any] | None) -> bool:
+    """Whether this scheduler stopped the trial of the folder."""
+    path = folder / STOPPED
+    if scheduler is None or not path.exists():
+        return False
+    return bool(artifacts.read_json(path)["scheduler"] == scheduler)
 
 
 def plan_trials(experiment: Experiment, folder: RunFolder, domain: str, work: Path) -> list[Trial]:
@@ -158,6 +163,7 @@ def trial_config(
 
 
 def order_path(orders: Path, trial: Trial) -> Path:
+    """Its name begins with the domain's, which has no dot."""
     return orders / f"{trial.domain}.{trial.folder.name}.json"
 
 
@@ -198,6 +204,29 @@ def orders_in(path: Path) -> list[Path]:
 def read_orders(orders: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Every order's path and content, by name."""
     return [(path, artifacts.read_json(path)) for path in sorted(orders.glob("*.json"))]
+
+
+def orders_of(
+    orders: Path, domain: str, inputs: Mapping[str, str]
+) -> list[tuple[Path, dict[str, Any]]]:
+    """The orders of a domain as it is now; those of other data may lie beside them.
+
+    Args:
+        orders: the folder with the orders.
+        domain: its name.
+        inputs: name -> digest of everything that its ingredient is made from.
+    """
+    # By its name, for the orders of hundreds of domains lie here.
+    found = ((path, artifacts.read_json(path)) for path in sorted(orders.glob(f"{domain}.*.json")))
+    return [(path, order) for path, order in found if order["inputs"] == inputs]
+
+
+def is_finished(order: Mapping[str, Any]) -> bool:
+    """Whether the trial of an order is finished."""
+    known = artifacts.fingerprint(
+        config=order["config"], seed=order["seed"], inputs=order["inputs"]
+    )
+    return artifacts.is_finished(Path(order["folder"]), known)
 
 
 def pending(trials: Iterable[Trial]) -> list[Trial]:

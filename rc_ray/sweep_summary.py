@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from rc_ray.artifacts import RunFolder, write_json, write_text
 from rc_ray.config import Experiment
+from rc_ray.errors import printable
 
 
 def write_summary(
@@ -87,7 +88,7 @@ def _markdown(experiment: Experiment, told: Mapping[str, Any]) -> str:
             f"| {_cell(row['best'] or 'the only one')} | {ndcg} | {row['seconds']:.1f} |"
         )
         problems += [
-            f"- {domain}, {one['label'] or 'the only trial'}: {one['error']}"
+            f"- {domain}, {one.get('label') or 'the only trial'}: {_line(one['error'])}"
             for one in row["trials"]
             if one["error"] is not None
         ]
@@ -104,4 +105,8 @@ def _markdown(experiment: Experiment, told: Mapping[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _line(text).replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    return printable(" ".join(text.split("\n")))

@@ -20,10 +20,9 @@ from rich.text import Text
 
 from rc_ray import artifacts
 from rc_ray.artifacts import MANIFEST
-from rc_ray.errors import ArtifactError
 from rc_ray.progress import JsonlTail, Progress, duration, polled
 from rc_ray.session import resources_text
-from rc_ray.sweep_plan import ERROR, STOPPED, read_orders
+from rc_ray.sweep_plan import ERROR, STOPPED, is_finished, read_orders
 
 if TYPE_CHECKING:
     from rc_ray.sweep import Request
@@ -45,6 +44,7 @@ class Row:
     label: str
     num_steps: int
     folder: Path
+    order: dict[str, Any]
     tail: JsonlTail
     first_mtime: int | None
     """Of its loss curve when the sweep began; its process touches the file when it starts."""
@@ -89,9 +89,9 @@ class SweepView:
         self._request = request
         self._free = free or _free_resources
         left = set(folders)
-        found = [order for _, order in read_orders(orders)]
-        self._known = {order["folder"] for order in found}
-        self.rows = [self._row(order) for order in found if Path(order["folder"]) in left]
+        found = read_orders(orders)
+        self._known = {path for path, _ in found}
+        self.rows = [self._row(order) for _, order in found if Path(order["folder"]) in left]
         self._idle_since = time.monotonic()
         self._next_note_s = _FIRST_NOTE_S
         self._last_line = time.monotonic()
@@ -158,24 +158,21 @@ class SweepView:
             label=order["label"],
             num_steps=order["setting"]["num_steps"],
             folder=folder,
+            order=order,
             tail=JsonlTail(path),
-            first_mtime=path.stat().st_mtime_ns if path.exists() else None,
+            first_mtime=_mtime(path),
         )
 
     def _join(self) -> None:
         for path in self._orders.glob("*.json"):
-            try:
-                order = artifacts.read_json(path)
-            except ArtifactError:
-                continue
-            if order["folder"] not in self._known:
-                self._known.add(order["folder"])
-                self.rows.append(self._row(order))
+            if path not in self._known:
+                self._known.add(path)
+                self.rows.append(self._row(artifacts.read_json(path)))
 
     def _look_at(self, row: Row, now: float) -> None:
         path = row.folder / "metrics.jsonl"
         if row.state == "waiting":
-            if not path.exists() or path.stat().st_mtime_ns == row.first_mtime:
+            if _mtime(path) in (None, row.first_mtime):
                 return
             row.state = "running"
         steps = [one for one in row.tail.read_new() if "step" in one]
@@ -190,7 +187,7 @@ class SweepView:
             row.state = "failed"
         elif (row.folder / STOPPED).exists():
             row.state = "stopped"
-        elif (row.folder / MANIFEST).exists():
+        elif is_finished(row.order):
             row.state = "done"
             ndcg = artifacts.read_json(row.folder / MANIFEST)["metrics"]["valid_ndcg"]
             row.best = "" if ndcg is None else f"NDCG {ndcg:.3f}"
@@ -216,9 +213,9 @@ class SweepView:
 
     def _tell_if_idle(self, now: float) -> None:
         """Say why nothing runs, instead of waiting in silence; ever more rarely."""
-        states = {row.state for row in self.rows}
-        waits = "waiting" in states or len(self.rows) < self._num_trials
-        if "running" in states or not waits:
+        runs = [self._runs(row) for row in self.rows if row.state in ("waiting", "running")]
+        waits = not all(runs) or len(self.rows) < self._num_trials
+        if any(runs) or not waits:
             self._idle_since, self._next_note_s = now, _FIRST_NOTE_S
             return
         waited = now - self._idle_since
@@ -236,9 +233,16 @@ class SweepView:
             f"no trial has started for {waited:.0f} s: each asks for {times}({asked}), all nodes "
             f"together have {there} free; a worker may still be loading, another job may hold "
             "them, or a node is gone. It starts by itself when there is room; or stop it, lower "
-            "`tune.cpus_per_trial`, `tune.gpus_per_trial` or `tune.memory_per_trial_gb`, and start "
-            "it again"
+            + ("`tune.num_workers`, " if request.num_workers > 1 else "")
+            + "`tune.cpus_per_trial`, `tune.gpus_per_trial` or `tune.memory_per_trial_gb`, and "
+            "start it again"
         )
+
+    def _runs(self, row: Row) -> bool:
+        """Whether a trial has what it asks for; on several workers its first step shows that."""
+        if row.state != "running" or self._request.num_workers == 1:
+            return row.state == "running"
+        return row.first is not None and (row.step > row.first[1] or row.step == row.num_steps)
 
     def _seconds_left(self) -> float | None:
         """From the steps of this session; None before there are any."""
@@ -253,6 +257,14 @@ class SweepView:
         mean_steps = sum(row.num_steps for row in self.rows) / len(self.rows)
         left += (self._num_trials - len(self.rows)) * mean_steps
         return left * (now - start) / done if left else None
+
+
+def _mtime(path: Path) -> int | None:
+    """Nanoseconds; None where there is no file. A trial that starts anew removes its curve."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _free_resources() -> dict[str, float]:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rc_ray.artifacts import fingerprint, is_finished, replaced_dir, restored
+from rc_ray.artifacts import replaced_dir, restored
 from rc_ray.checkpoints import TrainingState, check_model, model_shape, read_state, write_state
 from rc_ray.core.adapters import Adapter
 from rc_ray.core.domains import read_domain
@@ -23,6 +23,7 @@ from rc_ray.core.optimizer import MOMENTS, advance_schedule, moments_of, restore
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import StepMetrics, TrainingPlan
 from rc_ray.engines import prepare_process
+from rc_ray.sweep_plan import is_finished
 from rc_ray.tracking import Log, tracked_trial
 from rc_ray.training_config import TrainingConfig
 from rc_ray.trial import (
@@ -54,11 +55,11 @@ def train_group(orders: Sequence[Order]) -> list[Path]:
 
     def fail(order: Order, error: Exception) -> None:
         failed.append(Path(order["folder"]))
-        write_error(failed[-1], error)
+        write_error(failed[-1], error, num_together=len(orders))
 
     adapters: dict[str, Adapter] = {}
     ready: list[Order] = []
-    unfinished = [order for order in orders if not _is_finished(order)]
+    unfinished = [order for order in orders if not is_finished(order)]
     for order in unfinished:
         folder = Path(order["folder"])
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,11 +203,6 @@ class _Group:
         advance_schedule(member.engine.schedule, state.num_steps_done)
         member.num_steps_done, member.finished = state.num_steps_done, state.finished
         member.best = state.best
-
-
-def _is_finished(order: Order) -> bool:
-    known = fingerprint(config=order["config"], seed=order["seed"], inputs=order["inputs"])
-    return is_finished(Path(order["folder"]), known)
 
 
 def _state(training: JointTraining, name: str, base_name: str) -> TrainingState:

@@ -36,7 +36,11 @@ _TRAINED = "training_fingerprint"
 
 
 class _Clock:
-    """Where a process's time went; Unix seconds of its start, seconds of its laps."""
+    """Where a process's time went; Unix seconds of its start, seconds of its laps.
+
+    There is no `train_s` where others trained: a group shares its passes, the loss curve has each
+    trial's seconds.
+    """
 
     def __init__(self) -> None:
         self.spent = {"started_at": time.time()}
@@ -80,7 +84,7 @@ def train_ingredient(
         adapter = sealed
     elif adapter is None:
         adapter = _train(trial, setting, lm, domain, folder, report)
-    clock.lap("train_s")
+        clock.lap("train_s")
     check_adapter(adapter, folder)
     check_trained(adapter, folder)
     renderer = PromptRenderer(lm.tokenizer, setting.style)

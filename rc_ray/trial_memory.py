@@ -16,9 +16,11 @@ tokens; a title is taken to have one token per 3 characters. Domains that train
 together each have a LoRA, and share passes of up to `tokens_per_pass` tokens. On a GPU the main
 memory holds the process, with CUDA's 3 * 10^9 bytes, and the weights on their way.
 
-Measured with SmolLM2-135M in fp32 (peak of the process, GB, and this estimate with the titles'
-real number of tokens): 259 tokens a pass 1.97 (2.16), 1,441 tokens 5.65 (5.97), 527 tokens with the
-upper 10 layers 1.51 (1.83).
+The numbers in it are a fit, no theory: they keep the estimate a little above three measured peaks
+of SmolLM2-135M in fp32. No other model and no GPU was measured. Peak of the process in GB, and in
+brackets this estimate with the titles' real number of tokens: 259 tokens a pass 1.97 (2.16), 1,441
+tokens 5.65 (5.97), 527 tokens with the upper 10 layers 1.51 (1.83). `activation_checkpointing` is
+not counted: such trials need less. Whoever knows better sets `tune.memory_per_trial_gb`.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from rc_ray.artifacts import read_json, write_json
+from rc_ray.artifacts import MANIFEST, read_json, write_json
 from rc_ray.errors import UserError
-from rc_ray.sweep_plan import ERROR, STOPPED
+from rc_ray.sweep_plan import ERROR, STOPPED, is_finished, was_stopped
 
 
 def run_trial(config: dict[str, Any]) -> None:
@@ -27,6 +27,13 @@ def run_trial(config: dict[str, Any]) -> None:
 
     trial = read_json(Path(config["trial"]))
     folder = Path(trial["folder"])
+    # It may have ended since a driver that was killed had last written Tune's books.
+    if is_finished(trial):
+        tune.report({"failed": False, **read_json(folder / MANIFEST)["metrics"]})
+        return
+    if was_stopped(folder, trial["scheduler"]):
+        tune.report({"failed": False})
+        return
     begin(folder)
 
     def report(num_steps: int, valid_loss: float) -> None:
@@ -68,9 +75,9 @@ def run_group(config: dict[str, Any]) -> None:
 def begin(folder: Path) -> None:
     """Show that a trial has a process, and forget how it ended before."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").touch()
     for name in (ERROR, STOPPED):
         (folder / name).unlink(missing_ok=True)
+    (folder / "metrics.jsonl").touch()  # last: who sees this reads the others
 
 
 def fail(folder: Path, error: Exception) -> None:
@@ -81,10 +88,35 @@ def fail(folder: Path, error: Exception) -> None:
     write_error(folder, error)
 
 
-def write_error(folder: Path, error: Exception) -> None:
-    """Write down in one line why a trial failed; the trace goes into the worker's log."""
+def write_error(folder: Path, error: Exception, *, num_together: int = 1) -> None:
+    """Write down in one line why a trial failed; the trace goes into the worker's log.
+
+    Args:
+        folder: the trial's.
+        error: what was raised.
+        num_together: domains that trained in the process.
+    """
     traceback.print_exception(error)
-    text = str(error).strip() or type(error).__name__
-    if not isinstance(error, UserError):
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if _is_out_of_memory(error):
+        text = f"out of memory; {mend_memory(num_together)} ({text})"
+    elif not isinstance(error, UserError):
         text = f"{type(error).__name__}: {text}"
-    write_json(folder / ERROR, {"error": text.splitlines()[0]})
+    write_json(folder / ERROR, {"error": text})
+
+
+def mend_memory(num_together: int) -> str:
+    """Which fields make a trial smaller."""
+    fields = "set `tune.micro_batch_size` or `tune.activation_checkpointing`"
+    if num_together > 1:
+        fields = f"lower `tune.tokens_per_pass` or `tune.domains_per_trial`, or {fields}"
+    return fields
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch's own class is for GPUs; its allocator of main memory raises a RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )

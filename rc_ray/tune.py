@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rc_ray import artifacts, recipes, tracking
 from rc_ray.artifacts import RunFolder
@@ -20,13 +19,14 @@ from rc_ray.config import Experiment
 from rc_ray.curves import read_metrics
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.progress import Progress
-from rc_ray.session import num_fitting, require_resources, resources_text
+from rc_ray.session import resources_text
 from rc_ray.sweep_choice import IngredientsFailed, choose_trial
 from rc_ray.sweep_plan import (
     ERROR,
     STOPPED,
     Trial,
     orders_in,
+    orders_of,
     pending,
     plan_trial,
     plan_trials,
@@ -35,12 +35,9 @@ from rc_ray.sweep_plan import (
     write_groups,
     write_order,
 )
+from rc_ray.sweep_resources import check_request, make_request, slots
 from rc_ray.sweep_summary import write_summary
 from rc_ray.training_config import TrainingConfig
-from rc_ray.trial_memory import estimate_bytes, read_shape, tokens_per_title
-
-if TYPE_CHECKING:
-    from rc_ray.sweep import Request
 
 _MAX_LINES = 20
 """Domains that are told one by one at the end."""
@@ -60,7 +57,7 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         The folder with one PEFT LoRA folder per domain, and the sweep's summary.
 
     Raises:
-        ConfigError: the cluster has no room for a single trial.
+        ConfigError: the cluster has no room for a single trial, or no trial could do what is asked.
         IngredientsFailed: names the domains without an ingredient and why.
     """
     folder = RunFolder(experiment.run_dir.absolute())
@@ -78,7 +75,9 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
             if not force and _is_up_to_date(experiment, folder, domain, inputs):
                 up_to_date.append(domain)
                 continue
-            trials[domain] = _trials_of(experiment, folder, domain, work)
+            found = _trials_of(experiment, folder, domain, work)
+            pending(found)  # a damaged record of a trial is a problem of this domain alone
+            trials[domain] = found
         except ArtifactError as error:
             failed[domain] = str(error)
     if len(up_to_date) > _MAX_LINES:
@@ -92,7 +91,8 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     spent = {
         "wall_s": round(time.monotonic() - start, 3),
         "num_slots": num_slots,
-        "training_s": round(_seconds_trained(trials) - before, 3),
+        # A trial that begins anew leaves fewer seconds behind than it had.
+        "training_s": max(0.0, round(_seconds_trained(trials) - before, 3)),
     }
     lines = []
     for domain, found in trials.items():
@@ -143,15 +143,15 @@ def _trials_of(experiment: Experiment, folder: RunFolder, domain: str, work: Pat
         plan_trial(
             experiment, inputs, domain, work, TrainingConfig.model_validate(order["setting"])
         )
-        for _, order in read_orders(_orders_dir(experiment, work))
-        if order["domain"] == domain
+        for _, order in orders_of(_orders_dir(experiment, work), domain, inputs)
     ]
 
 
 def _orders_dir(experiment: Experiment, work: Path) -> Path:
     """Where the orders of this search lie; those of another one are not mixed with them."""
     recipe = recipes.ingredient(experiment, "").config
-    return work / ".orders" / artifacts.digest({"seed": experiment.seed, **recipe})[:16]
+    known = {"seed": experiment.seed, "method": artifacts.METHOD, **recipe}
+    return work / ".orders" / artifacts.digest(known)[:16]
 
 
 def _seconds_trained(trials: Mapping[str, list[Trial]]) -> float:
@@ -224,14 +224,15 @@ def _fit(
     from rc_ray.assets import model_dir
     from rc_ray.sweep import fit
     from rc_ray.sweep_view import SweepView
-    from rc_ray.trial_process import run_group, run_trial
+    from rc_ray.trial_process import mend_memory, run_group, run_trial
 
     config = experiment.tune
     for line in tracking.prepare(experiment.tracking, folder.root):
         console.note(line)
     model = model_dir(experiment.model.path, console.note)
-    request = _request(experiment, folder, model, left, trials)
-    num_slots = _num_slots(experiment, request)
+    check_request(config, model)
+    request = make_request(experiment, folder, model, left, trials)
+    num_slots = slots(config, request)
     orders_dir = _orders_dir(experiment, work)
     # Of all trials of these domains: what the finished ones showed decides whom ASHA stops.
     orders = {}
@@ -264,8 +265,9 @@ def _fit(
     view = SweepView(console, orders_dir, [trial.folder for trial in left], num_trials, request)
     with view.shown():
         died = fit(
-            work / ".tune" / _sweep_name(experiment, trials),
+            work / ".tune" / _sweep_name(experiment, folder, trials),
             handed,
+            orders_dir / "groups" if grouped else orders_dir,
             run_group if grouped else run_trial,
             config,
             request,
@@ -276,7 +278,10 @@ def _fit(
             note=console.note,
         )
     problems = {
-        Path(artifacts.read_json(order)["folder"]): why
+        Path(artifacts.read_json(order)["folder"]): (
+            f"its process died again and again; if memory ran out, raise "
+            f"`tune.memory_per_trial_gb`, or {mend_memory(config.domains_per_trial)} ({why})"
+        )
         for path, why in died.items()
         for order in orders_in(path)
     }
@@ -287,70 +292,18 @@ def _fit(
     return num_slots, problems
 
 
-def _sweep_name(experiment: Experiment, trials: Mapping[str, list[Trial]]) -> str:
+def _sweep_name(
+    experiment: Experiment, folder: RunFolder, trials: Mapping[str, list[Trial]]
+) -> str:
     """Of Tune's books: another search, other data or other resources are another sweep."""
+    is_planned = experiment.tune.is_planned
     planned = {
-        domain: [found[0].inputs if found else None, [trial.fingerprint for trial in found]]
-        if experiment.tune.is_planned
-        else None
+        domain: [
+            recipes.ingredient(experiment, domain).inputs(folder),
+            [trial.fingerprint for trial in found] if is_planned else None,
+        ]
         for domain, found in trials.items()
     }
     judged = [trial.scheduler for found in trials.values() for trial in found][:1]
     settings = experiment.tune.model_dump(mode="json")
     return artifacts.digest([planned, judged, settings, experiment.seed, artifacts.METHOD])[:16]
-
-
-def _request(
-    experiment: Experiment,
-    folder: RunFolder,
-    model: Path,
-    left: Sequence[Trial],
-    domains: Iterable[str],
-) -> Request:
-    """What each process of a trial asks for; the largest setting and titles decide for all."""
-    from rc_ray.sweep import Request
-
-    config = experiment.tune
-    if config.memory_per_trial_gb is not None:
-        memory = int(config.memory_per_trial_gb * 1e9)
-    else:
-        shape = read_shape(model)
-        titles = tokens_per_title(folder.domain_dir(domain) for domain in domains)
-        asked = () if config.is_planned else config.settings()
-        memory = max(
-            estimate_bytes(
-                shape,
-                setting,
-                dtype=experiment.model.dtype,
-                use_gpu=config.gpus_per_trial > 0,
-                tokens_per_title=titles,
-                tokens_per_batch=experiment.evaluate.tokens_per_batch,
-                num_listed=experiment.data.num_negatives,
-                num_domains=config.domains_per_trial,
-                tokens_per_pass=config.tokens_per_pass,
-            )
-            for setting in {*(trial.setting for trial in left), *asked}
-        )
-    return Request(config.cpus_per_trial, config.gpus_per_trial, memory, config.num_workers)
-
-
-def _num_slots(experiment: Experiment, request: Request) -> int:
-    """How many trials run side by side.
-
-    Raises:
-        ConfigError: not one fits.
-    """
-    config = experiment.tune
-    if config.memory_per_trial_gb is None:
-        memory_text = "the memory estimated for a trial (`tune.memory_per_trial_gb` overrules it)"
-    else:
-        memory_text = "`tune.memory_per_trial_gb`"
-    require_resources(
-        f"`tune.cpus_per_trial`, `tune.gpus_per_trial` and {memory_text}",
-        cpus=request.cpus,
-        gpus=request.gpus,
-        memory=request.memory,
-        count=request.num_workers,
-    )
-    fitting = num_fitting(request.cpus, request.gpus, request.memory) // request.num_workers
-    return max(1, min(fitting, config.max_concurrent_trials or fitting))

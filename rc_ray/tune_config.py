@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -23,6 +25,8 @@ _FORM_FIELDS = ("style", "loss", "prior_in_loss")
 """What decides the form of the prompts and the likelihood that an adapter learns."""
 _JUDGE_FIELDS = ("valid_every", "num_valid_histories", "patience")
 """What decides when and on whom trials are compared."""
+_MAX_CORNERS = 1000
+"""Of the space that Optuna chooses from, to be checked in advance."""
 
 
 class AshaConfig(Section):
@@ -62,7 +66,7 @@ class TuneConfig(TrainingConfig):
     """Validation users that choose among a domain's trials."""
     cpus_per_trial: PositiveFloat = 1.0
     gpus_per_trial: NonNegativeFloat = 0.0
-    """A fraction shares one GPU among trials."""
+    """At most one; a fraction shares a GPU among trials."""
     memory_per_trial_gb: PositiveFloat | None = None
     """Main memory that a trial is given on its node, in 10^9 bytes; null: estimated."""
     num_workers: PositiveInt = 1
@@ -78,6 +82,15 @@ class TuneConfig(TrainingConfig):
     max_concurrent_trials: PositiveInt | None = None
     """Null: as many as the cluster has resources for."""
     checkpoint_every: PositiveInt = 50
+
+    @field_validator("scheduler", mode="before")
+    @classmethod
+    def _scheduler_is_a_section(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(
+                f"{value!r} alone says too little; write {{name: asha, grace_period: 50}}, or null"
+            )
+        return value
 
     @model_validator(mode="after")
     def _sweep_holds_together(self) -> TuneConfig:
@@ -109,9 +122,14 @@ class TuneConfig(TrainingConfig):
         for field, distribution in space.distributions.items():
             for value in distribution.ends:
                 self._setting({**space.draw(self.search_seed, 0), field: value})
+        if self.gpus_per_trial > 1:
+            raise ValueError(
+                f"`gpus_per_trial` is {self.gpus_per_trial:g}: a process uses one GPU; set it to "
+                "1, and `num_workers` to the GPUs that a trial should use"
+            )
         settings = self.settings()
         if self.num_workers > 1:
-            self._check_workers(settings)
+            self._check_workers(self.possible_settings())
         if self.scheduler is not None:
             self._check_scheduler(self.scheduler, settings)
         if self.domains_per_trial > 1:
@@ -152,7 +170,7 @@ class TuneConfig(TrainingConfig):
             )
 
     def _check_workers(self, settings: tuple[TrainingConfig, ...]) -> None:
-        if 0 < self.gpus_per_trial < 1 or self.gpus_per_trial > 1:
+        if 0 < self.gpus_per_trial < 1:
             raise ValueError(
                 f"`gpus_per_trial` is {self.gpus_per_trial:g}: with `num_workers` above 1 it is a "
                 "worker's, which uses one whole GPU; set it to 1 or 0"
@@ -207,6 +225,17 @@ class TuneConfig(TrainingConfig):
             settings.append(setting)
         return tuple(settings)
 
+    def possible_settings(self) -> tuple[TrainingConfig, ...]:
+        """What has to be possible before a sweep starts, to be checked and measured.
+
+        All points; where Optuna chooses, every combination of the ends of its distributions.
+        """
+        if self.is_planned:
+            return self.settings()
+        ends = {field: one.ends for field, one in self.space.distributions.items()}
+        corners = itertools.islice(itertools.product(*ends.values()), _MAX_CORNERS)
+        return tuple(self._setting(dict(zip(ends, corner, strict=True))) for corner in corners)
+
     def _setting(self, point: Mapping[str, Any]) -> TrainingConfig:
         fields: dict[str, Any] = {name: getattr(self, name) for name in TrainingConfig.model_fields}
         fields["lora"] = self.lora.model_dump()
@@ -229,7 +258,8 @@ class TuneConfig(TrainingConfig):
 
 
 def _known_fields() -> str:
+    apart = {"lora", *_FORM_FIELDS, *_JUDGE_FIELDS, *EXECUTION_FIELDS}
     return ", ".join(
-        [field for field in TrainingConfig.model_fields if field != "lora"]
+        [field for field in TrainingConfig.model_fields if field not in apart]
         + [f"lora.{field}" for field in LoraConfig.model_fields]
     )

@@ -18,11 +18,27 @@ pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("ray_local")]
 SETTINGS = {"name": "asha", "grace_period": 2, "reduction_factor": 2.0}
 
 
-def write_trial(root: Path, domain: str, name: str, losses: dict[int, float]) -> dict[str, Any]:
+def write_trial(
+    root: Path,
+    domain: str,
+    name: str,
+    losses: dict[int, float],
+    *,
+    inputs: str = "new",
+    num_steps: int = 16,
+) -> dict[str, Any]:
     folder = root / domain / name
     rows = [{"step": step - 1, "valid_loss": loss} for step, loss in losses.items()]
     write_metrics(folder / "metrics.jsonl", rows)
-    order = {"domain": domain, "folder": str(folder)}
+    order = {
+        "domain": domain,
+        "folder": str(folder),
+        "inputs": {"data": inputs},
+        "config": {},
+        "seed": 3,
+        "scheduler": SETTINGS,
+        "setting": {"num_steps": num_steps},
+    }
     artifacts.write_json(root / "orders" / f"{domain}.{name}.json", order)
     return order
 
@@ -53,8 +69,31 @@ def test_the_verdicts_of_before_count_after_a_restart(tmp_path: Path) -> None:
     late = write_trial(tmp_path, "films", "c", {})
     for loss, verdict in ((2.6, "STOP"), (2.4, "CONTINUE")):
         halving = HalvingPerDomain(tmp_path / "orders", SETTINGS)
-        halving.prepare("films")
+        halving.prepare(late)
         assert halving.judge(late, 2, loss) == verdict
+
+
+def test_what_was_seen_on_other_data_does_not_count(tmp_path: Path) -> None:
+    from rc_ray.halving import HalvingPerDomain
+
+    write_trial(tmp_path, "films", "a", {2: 1.0}, inputs="old")
+    late = write_trial(tmp_path, "films", "b", {})
+    halving = HalvingPerDomain(tmp_path / "orders", SETTINGS)
+    assert halving.judge(late, 2, 2.0) == "CONTINUE"  # the first on these data
+
+
+def test_a_trial_at_its_end_is_neither_judged_nor_a_measure_for_others(tmp_path: Path) -> None:
+    from rc_ray.halving import HalvingPerDomain
+
+    # Losses at 4 steps: one ended there by its settings, one by its patience, one is half way.
+    write_trial(tmp_path, "films", "a", {2: 1.0, 4: 0.1}, num_steps=4)
+    write_trial(tmp_path, "films", "b", {2: 1.0, 4: 0.2})
+    artifacts.write_json(tmp_path / "films" / "b" / artifacts.MANIFEST, {})
+    late = write_trial(tmp_path, "films", "c", {2: 1.0})
+    last = write_trial(tmp_path, "films", "d", {2: 1.0}, num_steps=4)
+    halving = HalvingPerDomain(tmp_path / "orders", SETTINGS)
+    assert halving.judge(late, 4, 0.5) == "CONTINUE"
+    assert halving.judge(last, 4, 9.0) == "CONTINUE"
 
 
 def test_a_stopped_trials_folder_says_so(tmp_path: Path) -> None:
@@ -75,6 +114,33 @@ def test_a_stopped_trials_folder_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "films" / "a" / STOPPED).exists()
     told = json.loads((tmp_path / "films" / "b" / STOPPED).read_text())
     assert told == {"scheduler": SETTINGS, "num_steps": 2, "valid_loss": 2.0}
+
+
+def test_a_trial_that_ended_before_its_driver_was_killed_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import tune
+
+    from rc_ray.sweep_plan import STOPPED
+    from rc_ray.trial_process import run_trial
+
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", reports.append)
+    write_trial(tmp_path, "films", "a", {2: 3.0})
+    told = {"scheduler": SETTINGS, "num_steps": 2, "valid_loss": 3.0}
+    artifacts.write_json(tmp_path / "films" / "a" / STOPPED, told)
+    run_trial({"trial": str(tmp_path / "orders" / "films.a.json")})
+    assert reports == [{"failed": False}]
+    assert json.loads((tmp_path / "films" / "a" / STOPPED).read_text()) == told
+
+    order = write_trial(tmp_path, "films", "b", {})
+    sealed = {key: order[key] for key in ("config", "seed", "inputs")}
+    metrics = {"valid_ndcg": 0.5}
+    artifacts.write_manifest(tmp_path / "films" / "b", stage="tune", metrics=metrics, **sealed)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "films" / "b").iterdir()}
+    run_trial({"trial": str(tmp_path / "orders" / "films.b.json")})
+    assert reports[1:] == [{"failed": False, "valid_ndcg": 0.5}]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "films" / "b").iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,13 @@ with Progress() as console:
 """
 
 
+def test_a_note_steers_no_terminal() -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream) as console:
+        console.note("the title \x1b[2J[bold] is odd\nand\xa0\x07 two lines")
+    assert stream.getvalue() == "  the title \ufffd[2J[bold] is odd\nand\xa0\ufffd two lines\n"
+
+
 def test_the_console_outlives_a_redirected_stdout() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=60

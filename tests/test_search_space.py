@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from rc_ray import tune_config
@@ -59,8 +62,10 @@ def test_lists_stay_grids_around_the_draws() -> None:
         ({"search": {"lora.rank": {"randint": [1.5, 4]}}}, "two whole numbers"),
         ({"search": {"lora.rank": {"choice": [4, 8, 4]}}}, "a value twice"),
         ({"search": {"lora.rank": 4}}, "write a list of values"),
-        ({"search": {"speed": [1, 2]}}, "unknown field speed"),
+        ({"search": {"speed": [1, 2]}}, "unknown field speed; known: num_steps, batch_size, learn"),
+        ({"scheduler": "asha"}, "write {name: asha, grace_period: 50}"),
         ({"search": {"lora": [1, 2]}}, "unknown field lora"),
+        ({"search": {"lora": {"rank": [4, 8]}}}, ", or lora.rank if that is the field's name"),
         ({"search": {"micro_batch_size": [1, 2]}}, "shapes no result"),
         ({"search": {"lora.rank": [4, 8]}, "num_samples": 3}, "`search` draws nothing"),
         ({"num_samples": 3}, "`search` draws nothing"),
@@ -80,6 +85,7 @@ def test_lists_stay_grids_around_the_draws() -> None:
         ),
         ({"num_workers": 3}, "`batch_size` 8 is not divisible by `num_workers` 3"),
         ({"num_workers": 2, "gpus_per_trial": 0.5}, "one whole GPU"),
+        ({"gpus_per_trial": 2}, "a process uses one GPU"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused_in_one_line(fields: dict[str, Any], words: str) -> None:
@@ -98,6 +104,40 @@ def test_optuna_is_asked_for_by_name_when_it_is_missing(monkeypatch: pytest.Monk
             num_samples=2,
             search_algorithm="optuna",
         )
+
+
+def test_what_optuna_may_choose_is_checked_at_its_ends() -> None:
+    pytest.importorskip("optuna")
+    fields = {
+        "search": {"batch_size": {"randint": [4, 9]}, "lora.rank": {"choice": [2, 8, 32]}},
+        "num_samples": 1,
+        "search_algorithm": "optuna",
+    }
+    found = {(one.batch_size, one.lora.rank) for one in config(**fields).possible_settings()}
+    assert found == {(size, rank) for size in (4, 9) for rank in (2, 8, 32)}
+    with pytest.raises(ValidationError, match="`batch_size` 9 is not divisible by `num_workers` 2"):
+        config(**fields, num_workers=2)
+
+
+def test_the_examples_of_the_page_on_sweeps_hold() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    examples = [yaml.safe_load(body) for body in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert examples
+    for example in examples:
+        assert example.keys() == {"tune"}
+    (settings,) = (config(**example["tune"]).settings() for example in examples)
+    assert len(settings) == 8  # as the comment beside it says
+    spans = re.findall(r"`([a-z_.]+)(?:: [^`]*)?`", text)
+    fields = {span.removeprefix("tune.") for span in spans if span.startswith("tune.")}
+    assert fields
+    assert fields <= TuneConfig.model_fields.keys()
+    scheduler = re.search(r"`tune\.(scheduler: \{.*?\})`", text)
+    assert scheduler is not None
+    config(
+        **yaml.safe_load(scheduler[1]),
+        valid_every=25,
+        search={"learning_rate": [0.1, 0.2]},
+    )
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:

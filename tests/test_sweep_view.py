@@ -15,6 +15,7 @@ from rc_ray.curves import write_metrics
 from rc_ray.sweep import Request
 from rc_ray.sweep_plan import ERROR, STOPPED
 from rc_ray.sweep_view import SweepView
+from rc_ray.trial_process import begin
 from tests.conftest import Screen
 
 REQUEST = Request(cpus=2.0, gpus=0.0, memory=3_000_000_000)
@@ -29,14 +30,30 @@ def write_orders(root: Path, num: int) -> list[Path]:
             "label": "learning_rate=0.1",
             "folder": str(folder),
             "setting": {"num_steps": 8},
+            "config": {"num_valid_users": 9},
+            "seed": 1,
+            "inputs": {},
         }
         artifacts.write_json(root / "orders" / f"domain{place}.trial.json", order)
         folders.append(folder)
     return folders
 
 
-def view_of(root: Path, folders: list[Path], screen: Screen, **fields: Any) -> SweepView:
-    return SweepView(screen.console, root / "orders", folders, len(folders), REQUEST, **fields)
+def view_of(
+    root: Path, folders: list[Path], screen: Screen, request: Request = REQUEST, **fields: Any
+) -> SweepView:
+    return SweepView(screen.console, root / "orders", folders, len(folders), request, **fields)
+
+
+def seal(folder: Path, ndcg: float, num_valid_users: int = 9) -> None:
+    write_manifest(
+        folder,
+        stage="tune",
+        config={"num_valid_users": num_valid_users},
+        seed=1,
+        inputs={},
+        metrics={"valid_ndcg": ndcg},
+    )
 
 
 def drawn(view: SweepView) -> str:
@@ -56,7 +73,7 @@ def test_rows_and_counts_follow_the_trial_folders(tmp_path: Path, screen: Screen
     validated = {**rows_of(0.0, 0.0, 3.25)[-1], "valid_loss": 2.75}
     write_metrics(running / "metrics.jsonl", [*rows_of(4.5, 4.0), validated])
     write_metrics(done / "metrics.jsonl", rows_of(*[1.5] * 8))
-    write_manifest(done, stage="tune", config={}, seed=1, inputs={}, metrics={"valid_ndcg": 0.5})
+    seal(done, 0.5)
     for folder, name in ((failed, ERROR), (stopped, STOPPED)):
         write_metrics(folder / "metrics.jsonl", rows_of(9.0))
         artifacts.write_json(folder / name, {"error": "broken"})
@@ -101,6 +118,58 @@ def test_a_sweep_that_does_not_start_says_what_it_asks_and_what_is_free(
     view.look()
     view.look()
     assert screen.text.count("no trial has started") == 1
+
+
+def test_trials_that_come_later_join_and_no_order_is_read_twice(
+    tmp_path: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = write_orders(tmp_path, 1)
+    view = SweepView(screen.console, tmp_path / "orders", folders, 3, REQUEST)
+    write_orders(tmp_path, 2)
+    read: list[str] = []
+    original = artifacts.read_json
+    monkeypatch.setattr(artifacts, "read_json", lambda path: (read.append(path), original(path))[1])
+    for _ in range(2):
+        view.look()
+    assert [row.domain for row in view.rows] == ["domain0", "domain1"]
+    assert view.counts() == "done 0, running 0, waiting 3"
+    assert read == [tmp_path / "orders" / "domain1.trial.json"]
+
+
+def test_several_workers_run_from_their_first_step_on(
+    tmp_path: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial's own process asks for nothing, so it starts whether or not there is room."""
+    monkeypatch.setattr(sweep_view, "_FIRST_NOTE_S", 0.0)
+    (folder,) = write_orders(tmp_path, 1)
+    two = Request(cpus=2.0, gpus=0.0, memory=3_000_000_000, num_workers=2)
+    view = view_of(tmp_path, [folder], screen, two, free=lambda: {"CPU": 1.0, "memory": 2e9})
+    view._next_note_s = 0.0
+    begin(folder)
+    view.look()
+    assert "no trial has started for 0 s: each asks for 2 x (2 CPU, 3.0 GB)" in screen.text
+    assert "lower `tune.num_workers`, `tune.cpus_per_trial`" in screen.text
+    for losses in ((2.0,), (2.0, 1.9)):
+        write_metrics(folder / "metrics.jsonl", rows_of(*losses))
+        view.look()
+    told = screen.text.count("no trial has started")
+    view.look()
+    assert screen.text.count("no trial has started") == told
+
+
+def test_a_folder_that_another_validation_sealed_is_not_done(
+    tmp_path: Path, screen: Screen
+) -> None:
+    (folder,) = write_orders(tmp_path, 1)
+    write_metrics(folder / "metrics.jsonl", rows_of(5.0, 4.0))
+    seal(folder, 0.25, num_valid_users=50)
+    view = view_of(tmp_path, [folder], screen)
+    begin(folder)
+    view.look()
+    assert view.counts().startswith("done 0, running 1")
+    seal(folder, 0.75)
+    view.look()
+    assert "best NDCG 0.750  done" in screen.text
 
 
 def test_what_ran_before_is_not_taken_for_running(tmp_path: Path, screen: Screen) -> None:

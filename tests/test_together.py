@@ -96,6 +96,9 @@ def test_a_group_leaves_what_its_trials_would_leave_alone(
             assert manifests[0][field] == manifests[1][field]
         metrics = [manifest["metrics"] for manifest in manifests]
         assert metrics[0].keys() == metrics[1].keys()
+        # A group's passes are no single trial's; each curve has its own seconds.
+        assert metrics[0]["spent"].keys() - metrics[1]["spent"].keys() == {"train_s"}
+        assert metrics[1]["seconds"] > 0.0
         for field in ("num_steps", "tokens", "valid_ndcg", "training_fingerprint"):
             assert metrics[0][field] == metrics[1][field]
         for field in {"final_loss", "best_valid_loss"} & metrics[0].keys():
@@ -236,6 +239,24 @@ def test_what_no_group_can_do_is_told_to_every_trial(make_run: Factory) -> None:
     planned = plan(experiment, "work")
     assert len(together.train_group(orders(experiment, planned))) == 3
     assert all("`lora.dropout` to 0" in str(trial.problem) for trial in planned.values())
+
+
+def test_a_group_that_runs_out_of_memory_says_what_to_lower(
+    make_run: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = make_run(*SETTINGS)
+    planned = plan(experiment, "work")
+
+    def exhausted(self: JointTraining) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't\nat ...")
+
+    monkeypatch.setattr(JointTraining, "step", exhausted)
+    assert len(together.train_group(orders(experiment, planned))) == 3
+    for trial in planned.values():
+        problem = str(trial.problem)
+        assert problem.startswith("out of memory; lower `tune.tokens_per_pass` or ")
+        assert "`tune.domains_per_trial`, or set `tune.micro_batch_size`" in problem
+        assert len(problem.splitlines()) == 1
 
 
 def test_groups_are_of_one_setting(make_run: Factory, tmp_path: Path) -> None:

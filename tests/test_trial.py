@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from rc_ray import artifacts, mixing, trial_workers, tune
 from rc_ray import trial as trials
@@ -18,6 +19,8 @@ from rc_ray.engines import Learner
 from rc_ray.errors import UserError
 from rc_ray.merge import make_order
 from rc_ray.sweep_choice import choose_trial
+from rc_ray.sweep_plan import ERROR
+from rc_ray.trial_process import write_error
 from tests.conftest import Factory, Screen
 from tests.core.test_model import random_adapter
 
@@ -143,6 +146,33 @@ def test_failed_trials_are_told_and_counted(
     assert "tools: the trial learning_rate=9.0 failed: the loss is nan" in screen.text
     manifest = artifacts.read_json(tmp_path / "tools" / artifacts.MANIFEST)
     assert manifest["metrics"]["num_failed"] == 1
+
+
+def test_a_damaged_record_of_a_trial_fails_its_domain_alone(
+    make_run: Factory, screen: Screen
+) -> None:
+    experiment = make_run(*SETTINGS, "data.ingredients=[lamps,tools]", "data.spirit=[rivers]")
+    folder = RunFolder(experiment.run_dir)
+    lamps, tools = (
+        tune.plan_trials(experiment, folder, name, experiment.run_dir / "ingredients.work")[0]
+        for name in ("lamps", "tools")
+    )
+    train(experiment, tools)
+    lamps.folder.mkdir(parents=True)
+    (lamps.folder / artifacts.MANIFEST).write_text("{")
+    with pytest.raises(tune.IngredientsFailed, match=r"no ingredient for lamps: .*damaged"):
+        tune.run(experiment, console=screen.console)
+    load_adapter(folder.ingredient_dir("tools"))
+
+
+def test_running_out_of_memory_says_what_to_change(tmp_path: Path) -> None:
+    write_error(tmp_path, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert artifacts.read_json(tmp_path / ERROR)["error"] == (
+        "out of memory; set `tune.micro_batch_size` or `tune.activation_checkpointing` "
+        "(CUDA out of memory. Tried to allocate 2 GiB)"
+    )
+    write_error(tmp_path, RuntimeError("mat1 and mat2\nshapes"))
+    assert artifacts.read_json(tmp_path / ERROR)["error"] == "RuntimeError: mat1 and mat2"
 
 
 def test_a_mix_takes_this_nodes_model_and_refuses_another_base(

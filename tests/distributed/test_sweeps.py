@@ -129,6 +129,7 @@ def test_a_trial_larger_than_a_nodes_memory_is_refused(ray_local, make_run, scre
         run(make_run(*SETTINGS, "tune.memory_per_trial_gb=99999"), screen)
 
 
+@pytest.mark.slow
 def test_memory_bounds_how_many_run_at_a_time(ray_local, make_run, screen) -> None:
     import ray
 
@@ -165,7 +166,9 @@ def test_a_process_that_dies_again_and_again_is_told_and_stops_no_other(
         artifacts.write_json(order, {})
     request = Request(cpus=1.0, gpus=0.0, memory=1)
     books = tmp_path / ".tune" / "books"
-    died = fit(books, orders, die_or_report, make_run().tune, request, num_slots=2)
+    died = fit(
+        books, orders, orders[0].parent, die_or_report, make_run().tune, request, num_slots=2
+    )
     assert list(died) == [orders[0]]
     assert orders[1].with_suffix(".done").exists()
     assert not books.exists()
