@@ -409,7 +409,7 @@ def compare_speed(arguments: argparse.Namespace) -> None:
             )
     print(
         f"{arguments.domain_dir[0].name}: batches of {arguments.batch_size} histories, "
-        f"{arguments.threads} thread(s), median of {arguments.rounds}"
+        f"{arguments.dtype}, {arguments.threads} thread(s), median of {arguments.rounds}"
     )
     print(f"{'':17} tokens/s     x   titles/s      x   peak MB     x   step MB     x   useful")
     first: Count | None = None
@@ -446,9 +446,14 @@ def compare_quality(arguments: argparse.Namespace) -> None:
 def main(arguments: argparse.Namespace) -> None:
     if arguments.contestant and arguments.on:
         print(json.dumps(quality(arguments.contestant, arguments.on, arguments)))
-    elif arguments.contestant:
+        return
+    if arguments.contestant:
         print(json.dumps(measure(arguments.contestant, arguments)))
-    elif arguments.quality_minutes:
+        return
+    # Once for all: on a busy machine each process might choose otherwise.
+    dtype = choose_dtype(arguments.dtype, torch.device(arguments.device))
+    arguments.dtype = str(dtype).removeprefix("torch.")
+    if arguments.quality_minutes:
         compare_quality(arguments)
     else:
         compare_speed(arguments)
