@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rc_ray import zero
 from rc_ray.assets import model_dir
 from rc_ray.checkpoints import TrainingState, check_model, model_shape, read_state, write_state
-from rc_ray.core.adapters import Adapter, LoraPair
+from rc_ray.core.adapters import Adapter, adapter_of, copied, lora_layers, lora_matrices
 from rc_ray.core.domains import Domain
 from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.model import LanguageModel, with_lora
@@ -133,18 +133,7 @@ class Learner:
         Raises:
             ArtifactError: a matrix does not have its layer's shape.
         """
-        modules = {}
-        for name, layer in lora_layers(self.peft_model).items():
-            a, b = (self._master(matrix) for matrix in _matrices(layer).values())
-            rank = int(layer.r["default"])
-            wanted = (rank, layer.in_features), (layer.out_features, rank)
-            if (tuple(a.shape), tuple(b.shape)) != wanted:
-                raise ArtifactError(
-                    f"layer {name}: LoRA matrices of shape {tuple(a.shape)} and {tuple(b.shape)}, "
-                    f"expected {wanted[0]} and {wanted[1]}"
-                )
-            modules[name] = LoraPair(a=a, b=b, scale=float(layer.scaling["default"]))
-        return Adapter(modules)
+        return adapter_of(self.peft_model, self._master)
 
     def save(self, folder: Path | None, num_steps_done: int) -> None:
         """Write a checkpoint that any engine and number of workers can go on from.
@@ -154,7 +143,7 @@ class Learner:
         moments = {
             f"{name}.{matrix}.{key}": self._moment(parameter, key)
             for name, layer in lora_layers(self.peft_model).items()
-            for matrix, parameter in _matrices(layer).items()
+            for matrix, parameter in lora_matrices(layer).items()
             for key in MOMENTS
         }
         state = TrainingState(
@@ -172,7 +161,7 @@ class Learner:
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         if isinstance(self.engine, TorchEngine):
-            return parameter.detach().to("cpu", torch.float32, copy=True)
+            return copied(parameter)
         return zero.read_master(self.engine, parameter)
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
@@ -185,7 +174,7 @@ class Learner:
         """Take over what a checkpoint says about the optimiser; the weights are in place."""
         written = []
         for name, layer in lora_layers(self.peft_model).items():
-            for matrix, parameter in _matrices(layer).items():
+            for matrix, parameter in lora_matrices(layer).items():
                 pair = state.adapter.modules[name]
                 moments = moments_of(state.moments, f"{name}.{matrix}")
                 written.append((parameter, pair.a if matrix == "lora_A" else pair.b, moments))
@@ -307,16 +296,6 @@ def check_trained(adapter: Adapter, folder: Path) -> None:
         raise ArtifactError(f"{folder}: every lora_B is zero; the run has trained nothing")
 
 
-def lora_layers(peft_model: PeftModel) -> dict[str, Any]:
-    """The adapted layers by name, in an order that is the same on every worker."""
-    layers = peft_model.get_base_model().named_modules()
-    return {name: layer for name, layer in sorted(layers) if hasattr(layer, "lora_A")}
-
-
-def _matrices(layer: Any) -> dict[str, nn.Parameter]:
-    return {name: getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B")}
-
-
 def _output_weights(lm: LanguageModel) -> list[nn.Parameter]:
     """What the catalogue's rows are copied from."""
     return list(lm.model.get_output_embeddings().parameters())
@@ -330,7 +309,9 @@ def _write_adapter(peft_model: PeftModel, adapter: Adapter, folder: Path) -> Non
             f"{folder}: the checkpoint and this run differ in whether {differing[0]} is adapted"
         )
     for name, pair in adapter.modules.items():
-        for matrix, value in zip(_matrices(layers[name]).values(), (pair.a, pair.b), strict=True):
+        for matrix, value in zip(
+            lora_matrices(layers[name]).values(), (pair.a, pair.b), strict=True
+        ):
             if matrix.shape != value.shape:
                 raise ArtifactError(
                     f"{folder}: {name} has a LoRA matrix of shape {tuple(value.shape)}, this run "

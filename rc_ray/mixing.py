@@ -19,13 +19,9 @@ from rc_ray.artifacts import replaced_dir, write_json, write_manifest, write_tex
 from rc_ray.config import MergeConfig
 from rc_ray.core.adapters import Adapter, load_adapter, save_adapter
 from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
+from rc_ray.core.loading import choose_dtype, load_language_model
 from rc_ray.core.merging import concatenate, uniform_weights
-from rc_ray.core.model import (
-    AdapterMix,
-    LanguageModel,
-    choose_dtype,
-    load_language_model,
-)
+from rc_ray.core.model import AdapterMix, LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.weighting import UnlabeledPrompt, learn_weights, num_weighting_steps

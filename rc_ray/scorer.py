@@ -16,7 +16,8 @@ from rc_ray.baseline_scores import BaselineRun, score_baseline
 from rc_ray.config import System
 from rc_ray.core.adapters import Adapter, first_adapted_layer, load_adapter
 from rc_ray.core.domains import Domain, RankingCase, read_domain
-from rc_ray.core.model import LanguageModel, choose_dtype, load_language_model
+from rc_ray.core.loading import choose_dtype, load_language_model
+from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Prepared, Ranker
 from rc_ray.core.search import Found, top_k

@@ -39,7 +39,8 @@ def check_request(config: TuneConfig, model: Path) -> None:
         or (lora.first_layer and lora.first_layer >= read_shape(model).num_layers)
     ]
     if unsure:  # only then: PyTorch takes seconds to import
-        from rc_ray.core.model import lora_targets, model_without_weights
+        from rc_ray.core.loading import model_without_weights
+        from rc_ray.core.model import lora_targets
 
         layers = model_without_weights(model)
         try:

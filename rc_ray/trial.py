@@ -17,8 +17,9 @@ import torch
 from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, restored, write_manifest
 from rc_ray.core.adapters import Adapter, check_adapter, load_adapter, save_adapter
 from rc_ray.core.domains import Domain, read_domain, sample
+from rc_ray.core.loading import choose_dtype, load_language_model
 from rc_ray.core.metrics import ndcg, rank_targets
-from rc_ray.core.model import LanguageModel, choose_dtype, load_language_model
+from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.training import StepMetrics

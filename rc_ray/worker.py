@@ -12,7 +12,7 @@ import torch
 
 from rc_ray.checkpoints import CheckpointStore, Found
 from rc_ray.core.domains import read_domain
-from rc_ray.core.model import choose_dtype, load_language_model
+from rc_ray.core.loading import choose_dtype, load_language_model
 from rc_ray.engines import Learner, build_learner, local_model_dir, prepare_process, sum_over_ranks
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.tracking import Log, TrackingConfig, tracked

@@ -15,7 +15,7 @@ import torch
 
 from rc_ray.config import Experiment
 from rc_ray.core.domains import Domain, RankingCase, read_domain
-from rc_ray.core.model import load_language_model
+from rc_ray.core.loading import load_language_model
 from rc_ray.core.splits import PURPOSES, Purpose
 from rc_ray.training_config import LoraConfig, TrainingConfig
 from tests.tiny import make_model

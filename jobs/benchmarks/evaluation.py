@@ -28,7 +28,7 @@ import torch
 
 from rc_ray.assets import model_dir
 from rc_ray.core.domains import RankingCase, read_domain, sample
-from rc_ray.core.model import load_language_model
+from rc_ray.core.loading import load_language_model
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 

@@ -59,7 +59,8 @@ from rc_ray.config import EvaluateConfig
 from rc_ray.core.batches import Example
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.fused_lora import fuse_lora
-from rc_ray.core.model import LanguageModel, choose_dtype, load_language_model, with_lora
+from rc_ray.core.loading import choose_dtype, load_language_model
+from rc_ray.core.model import LanguageModel, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.training import TorchEngine, TrainingModule, TrainingPlan, train_steps

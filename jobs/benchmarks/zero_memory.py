@@ -119,7 +119,7 @@ def work(model_dir: Path, way: str, num_workers: int) -> dict[str, Any]:
 
     from rc_ray import zero
     from rc_ray.core.domains import Domain
-    from rc_ray.core.model import load_language_model
+    from rc_ray.core.loading import load_language_model
     from rc_ray.engines import build_learner
     from rc_ray.training_config import DeepSpeedConfig, TrainingConfig
 

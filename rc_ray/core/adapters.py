@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rc_ray.errors import ArtifactError
 
@@ -54,19 +54,35 @@ def first_adapted_layer(adapters: Sequence[Adapter]) -> int:
     return min(found, default=0)
 
 
-def adapter_of(peft_model: PeftModel) -> Adapter:
-    """Copy the LoRA matrices off a PEFT model, in fp32 on the processor.
+def lora_layers(peft_model: PeftModel) -> dict[str, Any]:
+    """The adapted layers by name, in an order that is the same in every process."""
+    layers = peft_model.get_base_model().named_modules()
+    return {name: layer for name, layer in sorted(layers) if hasattr(layer, "lora_A")}
+
+
+def lora_matrices(layer: Any) -> dict[str, nn.Parameter]:
+    """`lora_A` and `lora_B` of an adapted layer."""
+    return {name: getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B")}
+
+
+def copied(parameter: nn.Parameter) -> Tensor:
+    """A matrix in fp32 on the processor."""
+    return parameter.detach().to("cpu", torch.float32, copy=True)
+
+
+def adapter_of(peft_model: PeftModel, read: Callable[[nn.Parameter], Tensor] = copied) -> Adapter:
+    """Copy the LoRA matrices off a PEFT model.
+
+    Args:
+        peft_model: with one LoRA.
+        read: gives a matrix whole and in fp32, called in the order of `lora_layers`.
 
     Raises:
         ArtifactError: a matrix does not have its layer's shape.
     """
     modules = {}
-    state: dict[str, Tensor] = get_peft_model_state_dict(peft_model)
-    layers = dict(peft_model.get_base_model().named_modules())
-    for key in sorted(key for key in state if key.endswith(".lora_A.weight")):
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        a, b = state[key], state[key.replace(".lora_A.", ".lora_B.")]
-        layer: Any = layers[name]
+    for name, layer in lora_layers(peft_model).items():
+        a, b = (read(matrix) for matrix in lora_matrices(layer).values())
         rank = int(layer.r["default"])
         wanted = (rank, layer.in_features), (layer.out_features, rank)
         if (tuple(a.shape), tuple(b.shape)) != wanted:
@@ -74,11 +90,7 @@ def adapter_of(peft_model: PeftModel) -> Adapter:
                 f"layer {name}: LoRA matrices of shape {tuple(a.shape)} and {tuple(b.shape)}, "
                 f"expected {wanted[0]} and {wanted[1]}"
             )
-        modules[name] = LoraPair(
-            a=a.detach().to("cpu", torch.float32, copy=True),
-            b=b.detach().to("cpu", torch.float32, copy=True),
-            scale=float(layer.scaling["default"]),
-        )
+        modules[name] = LoraPair(a=a, b=b, scale=float(layer.scaling["default"]))
     return Adapter(modules)
 
 

@@ -1,4 +1,4 @@
-"""The base LLM: loading, adapters that act on it at run time or folded in, a trainable LoRA.
+"""The base LLM: adapters that act on it at run time or folded in, a trainable LoRA.
 
 Any number of adapters act on one shared base through forward hooks.
 
@@ -9,36 +9,26 @@ from __future__ import annotations
 
 import copy
 import functools
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging as hf_logging
 
-from rc_ray.core.adapters import Adapter, first_line
+from rc_ray.core.adapters import Adapter
 from rc_ray.errors import ArtifactError
 from rc_ray.training_config import LoraConfig
-
-_MIN_TURNS, _MAX_TURNS = 3, 40
-"""Of timing a product, see `choose_dtype`."""
 
 
 class AdapterMix:
@@ -278,110 +268,6 @@ def output_rows(model: nn.Module, vocabulary_ids: Tensor) -> Tensor:
     """(V, H) rows of a causal LM's output projection, detached, in fp32."""
     weight: Tensor = base_of(model).get_output_embeddings().weight
     return weight.detach()[vocabulary_ids.to(weight.device)].float()
-
-
-def load_language_model(
-    folder: Path | str, dtype: torch.dtype, device: str | torch.device = "cpu"
-) -> LanguageModel:
-    """Load a base LLM from a folder in transformers form, frozen and in evaluation mode.
-
-    Raises:
-        ArtifactError: the folder is missing, its files are damaged, or its layers are of a kind
-            that cannot be used.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise ArtifactError(f"{folder}: no model here (config.json is missing)")
-    hf_logging.disable_progress_bar()  # the commands show progress of their own
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ArtifactError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
-    _check_layers(model, folder)
-    model.requires_grad_(False)
-    return LanguageModel(model=model.to(device).eval(), tokenizer=tokenizer)
-
-
-def choose_dtype(setting: str, device: str | torch.device = "cpu") -> torch.dtype:
-    """`auto` -> the faster of fp32 and bf16 for a matrix product on this device.
-
-    Processors without bf16 instructions emulate them a hundred times slower, so this is measured.
-    """
-    if setting != "auto":
-        dtype: torch.dtype = getattr(torch, setting)
-        return dtype
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if _is_bfloat16_faster() else torch.float32
-
-
-def _is_bfloat16_faster() -> bool:
-    """Time products of one thread, in turns: the shortest of each, for others only lengthen them.
-
-    With several threads each product would wait for the one that shares its core, and a run that is
-    started again could choose otherwise.
-    """
-    matrices = {
-        dtype: (torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype))
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    shortest = dict.fromkeys(matrices, float("inf"))
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for x, y in matrices.values():
-            x @ y
-        for turn in range(_MAX_TURNS):
-            for dtype, (x, y) in matrices.items():
-                shortest[dtype] = min(shortest[dtype], _seconds_of(x, y))
-            if turn >= _MIN_TURNS and shortest[torch.bfloat16] > 4 * shortest[torch.float32]:
-                break  # emulated, a hundred times slower: no need to look for long
-    finally:
-        torch.set_num_threads(num_threads)
-    # bf16 costs accuracy: it must be clearly faster, not by a timer's whim.
-    return shortest[torch.bfloat16] < 0.7 * shortest[torch.float32]
-
-
-def _seconds_of(x: Tensor, y: Tensor) -> float:
-    start = time.perf_counter()
-    x @ y
-    return time.perf_counter() - start
-
-
-def model_without_weights(folder: Path | str) -> PreTrainedModel:
-    """The layers of a model with nothing in them, to see what a LoRA would find.
-
-    Raises:
-        ArtifactError: the folder is missing, its description is damaged, or its layers are of a
-            kind that cannot be used.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
-    assert isinstance(model, PreTrainedModel)
-    _check_layers(model, folder)
-    return model
-
-
-def _check_layers(model: PreTrainedModel, folder: Path | str) -> None:
-    """Refuse layers that carry a state from token to token, whichever mask is given.
-
-    Training and ranking put several texts in one row.
-    """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    others = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
-    if model._is_stateful or others:
-        found = f" ({', '.join(others)})" if others else ""
-        raise ArtifactError(
-            f"{folder}: {type(model).__name__} has layers{found} through which the texts of a row "
-            "would see each other; set `model.path` to a model of attention layers alone"
-        )
 
 
 def lora_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:

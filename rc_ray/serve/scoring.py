@@ -21,12 +21,8 @@ from rc_ray.core.adapters import (
     load_adapter,
 )
 from rc_ray.core.domains import read_domain
-from rc_ray.core.model import (
-    AdapterMix,
-    LanguageModel,
-    choose_dtype,
-    load_language_model,
-)
+from rc_ray.core.loading import choose_dtype, load_language_model
+from rc_ray.core.model import AdapterMix, LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker, best_first, calibrated
 from rc_ray.errors import ArtifactError

@@ -13,8 +13,9 @@ from rc_ray.core.adapters import Adapter, adapter_of
 from rc_ray.core.batches import Batch, Example, pack
 from rc_ray.core.domains import Domain
 from rc_ray.core.joint_training import JointTraining, Part, make_member, passes
+from rc_ray.core.loading import load_language_model
 from rc_ray.core.lora_bank import LoraBank
-from rc_ray.core.model import LanguageModel, decoder_hidden, load_language_model, with_lora
+from rc_ray.core.model import LanguageModel, decoder_hidden, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import (
     StepMetrics,

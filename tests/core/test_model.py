@@ -19,14 +19,9 @@ from rc_ray.core.adapters import (
     load_adapter,
     save_adapter,
 )
+from rc_ray.core.loading import choose_dtype, load_language_model, model_without_weights
 from rc_ray.core.merging import concatenate, uniform_weights
-from rc_ray.core.model import (
-    AdapterMix,
-    LanguageModel,
-    choose_dtype,
-    load_language_model,
-    model_without_weights,
-)
+from rc_ray.core.model import AdapterMix, LanguageModel
 from rc_ray.errors import ArtifactError
 from tests.tiny import make_model
 
@@ -227,7 +222,7 @@ def test_one_stalled_product_does_not_decide_the_precision(monkeypatch) -> None:
         now[1] = not now[1]
         return now[0]
 
-    monkeypatch.setattr("rc_ray.core.model.time.perf_counter", clock)
+    monkeypatch.setattr("rc_ray.core.loading.time.perf_counter", clock)
     assert choose_dtype("auto") is torch.float32
 
 

@@ -15,7 +15,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from rc_ray.core.batches import Example, pack
 from rc_ray.core.fused_lora import fuse_lora
-from rc_ray.core.model import load_language_model, with_lora
+from rc_ray.core.loading import load_language_model
+from rc_ray.core.model import with_lora
 from rc_ray.core.packed_attention import fits_window
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import TrainingModule, TrainingPlan

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from rc_ray.core import ranking
-from rc_ray.core.model import LanguageModel, load_language_model
+from rc_ray.core.loading import load_language_model
+from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker, best_first, calibrated
 from tests.tiny import ADJECTIVES, NOUNS, make_model

@@ -6,7 +6,8 @@ import torch
 
 from rc_ray.core.adapters import Adapter, LoraPair
 from rc_ray.core.frontier import BranchTree, Frontier
-from rc_ray.core.model import AdapterMix, load_language_model
+from rc_ray.core.loading import load_language_model
+from rc_ray.core.model import AdapterMix
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.search import Found, top_k

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from rc_ray.baselines_config import TitleEmbeddingConfig
-from rc_ray.core.model import LanguageModel, load_language_model
+from rc_ray.core.loading import load_language_model
+from rc_ray.core.model import LanguageModel
 from rc_ray.core.title_embedding import TitleEmbedding, TitleStates, embed_titles, unit_vectors
 from tests.tiny import make_model
 

@@ -11,7 +11,8 @@ import torch
 
 from rc_ray.core.batches import Batch, Example, pack
 from rc_ray.core.domains import Domain
-from rc_ray.core.model import LanguageModel, load_language_model, with_lora
+from rc_ray.core.loading import load_language_model
+from rc_ray.core.model import LanguageModel, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import TorchEngine, TrainingModule, TrainingPlan, train_steps
 from rc_ray.training_config import LoraConfig, TrainingConfig

@@ -11,8 +11,9 @@ import torch
 
 from rc_ray.config import MergeConfig
 from rc_ray.core.adapters import Adapter, LoraPair
+from rc_ray.core.loading import load_language_model
 from rc_ray.core.merging import concatenate
-from rc_ray.core.model import AdapterMix, LanguageModel, load_language_model
+from rc_ray.core.model import AdapterMix, LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.weighting import UnlabeledPrompt, entropy, learn_weights, num_weighting_steps

@@ -16,7 +16,7 @@ from rc_ray.checkpoints import check_model, read_state
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import Adapter
 from rc_ray.core.domains import read_domain
-from rc_ray.core.model import load_language_model
+from rc_ray.core.loading import load_language_model
 from rc_ray.engines import Learner, build_learner, check_trained
 from rc_ray.errors import ArtifactError
 from rc_ray.training_config import DeepSpeedConfig

@@ -21,7 +21,7 @@ from rc_ray.checkpoints import CheckpointStore, TrainingState, model_shape, writ
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import Adapter, LoraPair, load_adapter
 from rc_ray.core.domains import read_domain
-from rc_ray.core.model import load_language_model
+from rc_ray.core.loading import load_language_model
 from rc_ray.core.training import StepMetrics
 from rc_ray.core.validation import BestSoFar
 from rc_ray.errors import ArtifactError, ConfigError

@@ -14,7 +14,7 @@ import yaml
 from rc_ray.artifacts import MANIFEST, read_json
 from rc_ray.core.adapters import load_adapter
 from rc_ray.core.domains import read_domain
-from rc_ray.core.model import load_language_model
+from rc_ray.core.loading import load_language_model
 from rc_ray.engines import build_learner
 
 ROOT = Path(__file__).resolve().parents[2]

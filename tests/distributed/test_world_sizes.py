@@ -14,7 +14,7 @@ from rc_ray import zero
 from rc_ray.checkpoints import read_state
 from rc_ray.config import Experiment
 from rc_ray.core.domains import read_domain
-from rc_ray.core.model import load_language_model
+from rc_ray.core.loading import load_language_model
 from rc_ray.engines import Learner, build_learner
 from rc_ray.training_config import DeepSpeedConfig
 

@@ -12,7 +12,7 @@ import torch
 from rc_ray.artifacts import RunFolder, write_json, write_manifest
 from rc_ray.config import Experiment, load
 from rc_ray.core.adapters import Adapter, LoraPair, save_adapter
-from rc_ray.core.model import load_language_model
+from rc_ray.core.loading import load_language_model
 from tests import tiny
 
 DOMAINS = ("rivers", "tools")
