@@ -22,7 +22,10 @@ _EXECUTION: dict[str, set[str]] = {
         "cpus_per_worker",
         "gpus_per_worker",
         *EXECUTION_FIELDS,
+        "checkpoint_every",
+        "num_checkpoints_to_keep",
         "checkpoint_storage",
+        "max_failures",
     },
     "tune": {
         "max_concurrent_trials",
@@ -34,6 +37,7 @@ _EXECUTION: dict[str, set[str]] = {
         *EXECUTION_FIELDS,
         "domains_per_trial",
         "tokens_per_pass",
+        "checkpoint_every",
     },
     "merge": {"cpus_per_task", "gpus_per_task", "micro_batch_size"},
     "evaluate": {"num_actors", "cpus_per_actor", "gpus_per_actor", "tokens_per_batch"},
