@@ -17,7 +17,7 @@ from rc_ray.core.batches import Example, pack
 from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.loading import load_language_model
 from rc_ray.core.model import with_lora
-from rc_ray.core.packed_attention import fits_window
+from rc_ray.core.packed_attention import fits_window, packed_attention
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.training import TrainingModule, TrainingPlan
 from rc_ray.core.trie import CatalogueTrie
@@ -247,3 +247,29 @@ def test_the_next_run_on_the_same_base_does_not_compute_anew(folder: Path) -> No
     plain = plan.config.model_copy(update={"activation_checkpointing": False})
     TrainingModule(with_lora(base, plain.lora, seed=0), plan.tries, plain)
     assert not any(layer.gradient_checkpointing for layer in layers)
+
+
+def test_texts_of_any_length_attend_causally_to_themselves_in_bf16() -> None:
+    """Against the formula in fp64, text by text: two query heads share one key and value head."""
+    torch.manual_seed(0)
+    lengths = (3, 500, 40)
+    query, key, value = (
+        torch.randn(1, heads, sum(lengths), 8, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (2, 1, 1)
+    )
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 2, True  # what transformers' attention has
+    found, _ = packed_attention(layer, query, key, value, None, lengths=lengths, scaling=0.25)
+    assert found.dtype == torch.bfloat16
+    start = 0
+    for length in lengths:
+        q, k, v = (x.detach()[0, :, start : start + length].double() for x in (query, key, value))
+        scores = 0.25 * q @ k.transpose(1, 2)
+        future = torch.ones(length, length).triu(1).bool()
+        expected = scores.masked_fill(future, -torch.inf).softmax(-1) @ v  # (A, T, D)
+        got = found.detach()[0, start : start + length].transpose(0, 1).double()
+        torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
+        start += length
+    found.sum().backward()
+    assert query.grad is not None
+    assert query.grad.dtype == torch.bfloat16
