@@ -107,7 +107,7 @@ def require_resources(
     nodes_text = f" on {num_nodes} nodes" if num_nodes > 1 else ""
     raise ConfigError(
         f"{what} ask for {wanted}, the cluster has {there}{nodes_text}; "
-        "lower these fields or give Ray more (`--num-cpus`, a larger cluster)"
+        "lower these fields or join a larger cluster (`--address`)"
     )
 
 
