@@ -21,6 +21,7 @@ from pydantic import (
 from rc_ray.baselines_config import ItemKnnConfig, SasrecConfig, TitleEmbeddingConfig
 from rc_ray.data_config import DataConfig, Section
 from rc_ray.errors import ConfigError
+from rc_ray.merge_config import MergeConfig
 from rc_ray.tracking import TrackingConfig
 from rc_ray.training_config import TrainConfig
 from rc_ray.tune_config import TuneConfig
@@ -52,24 +53,6 @@ class ModelConfig(Section):
     """`smollm2-135m-instruct` (embedded), a folder in transformers form, or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` times one matrix product in each and takes the faster."""
-
-
-class MergeConfig(Section):
-    """The entropy-guided cocktail: one weight per (linear layer, adapter)."""
-
-    num_prompts: PositiveInt = 48
-    """Unlabeled prompts of users that are never scored."""
-    num_epochs: PositiveInt = 2
-    batch_size: PositiveInt = 8
-    micro_batch_size: PositiveInt | None = None
-    """Prompts whose gradients are held at once; changes memory, not the result. Null: all."""
-    learning_rate: PositiveFloat = 0.1
-    temperature: PositiveFloat = 1.0
-    """T of lambda = softmax(w / T)."""
-    max_titles: PositiveInt = 15
-    """History titles in a prompt."""
-    cpus_per_task: PositiveFloat = 1.0
-    gpus_per_task: NonNegativeFloat = 0.0
 
 
 class EvaluateConfig(Section):

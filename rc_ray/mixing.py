@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rc_ray.artifacts import replaced_dir, write_json, write_manifest, write_text
-from rc_ray.config import MergeConfig
 from rc_ray.core.adapters import Adapter, load_adapter, save_adapter
 from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
 from rc_ray.core.loading import choose_dtype, load_language_model
@@ -27,6 +26,7 @@ from rc_ray.core.ranking import Ranker
 from rc_ray.core.weighting import UnlabeledPrompt, learn_weights, num_weighting_steps
 from rc_ray.engines import local_model_dir, prepare_process
 from rc_ray.errors import ArtifactError, UserError
+from rc_ray.merge_config import MergeConfig
 from rc_ray.shards import Stopwatch
 
 ADAPTER_NAMES = ("spirit", "ingredient")

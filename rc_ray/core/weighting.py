@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rc_ray.config import MergeConfig
 from rc_ray.core.adapters import Adapter, first_adapted_layer
 from rc_ray.core.model import AdapterMix
 from rc_ray.core.ranking import WITH_PRIOR, Ranker
+from rc_ray.merge_config import MergeConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from rc_ray.config import MergeConfig
 from rc_ray.core.adapters import Adapter, LoraPair
 from rc_ray.core.loading import load_language_model
 from rc_ray.core.merging import concatenate
@@ -17,6 +16,7 @@ from rc_ray.core.model import AdapterMix, LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.weighting import UnlabeledPrompt, entropy, learn_weights, num_weighting_steps
+from rc_ray.merge_config import MergeConfig
 from tests.core.test_model import random_adapter
 from tests.tiny import ADJECTIVES, NOUNS, make_model
 

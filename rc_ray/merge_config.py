@@ -1,0 +1,124 @@
+"""Settings of the merge stage: how adapters become one, what guards it, what is made beside it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from rc_ray.data_config import DomainName, Section
+
+FixedMethod = Literal[
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "knots",
+    "peft_linear",
+]
+Objective = Literal["entropy", "vocabulary_entropy", "anchored", "distillation", "clicks"]
+Granularity = Literal["model", "layer", "projection", "linear"]
+MixName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+
+
+class FixedMix(Section):
+    """A mix by formula: no data is seen."""
+
+    method: FixedMethod
+    weights: tuple[float, ...] | None = None
+    """One per adapter (spirit, ingredient, neighbours); null: 1/K each, for `task_arithmetic` 1."""
+    density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of an update's entries that TIES and KnOTS keep and DARE does not drop."""
+    majority_sign: Literal["total", "frequency"] = "total"
+    """How TIES elects a sign: by the sum of the values or by their number."""
+
+
+class LearnedMix(Section):
+    """A mix whose weights are learned by gradient on prompts of the domain."""
+
+    method: Literal["learned"] = "learned"
+    objective: Objective = "entropy"
+    """`entropy`: of the trie's distribution; `vocabulary_entropy`: the paper's, of the first tokens
+    of greedily generated titles; `anchored`: entropy, nearness to the single adapters and a
+    spread-out mean prediction; `distillation`: nearness to the single adapters on made-up users;
+    `clicks`: the loss of the prompts' true next items, which is not label-free."""
+    over: Literal["candidates", "catalogue"] = "candidates"
+    """What the distribution is over."""
+    score: Literal["likelihood", "calibrated"] = "likelihood"
+    """Whether the distribution is of the raw likelihood or of the calibrated score."""
+    granularity: Granularity = "linear"
+    """What has a weight of its own: the model, each decoder layer, each projection (q, k, v ...)
+    whatever its layer, or each linear layer."""
+    parametrisation: Literal["softmax", "sigmoid", "free"] = "softmax"
+    """Weights that sum to 1, that lie between 0 and 1 each, or any."""
+    temperature: PositiveFloat = 1.0
+    """T of lambda = softmax(w / T) or sigmoid(w / T)."""
+    prompts_of: Literal["other_users", "scored_users"] = "other_users"
+    """`other_users` are never scored; `scored_users` is the transductive setting of the paper."""
+    num_prompts: PositiveInt = 48
+    num_epochs: PositiveInt = 2
+    batch_size: PositiveInt = 8
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: PositiveFloat = 0.1
+    pull: NonNegativeFloat = 0.0
+    """Weight of the squared distance of w from its start."""
+    num_tokens: PositiveInt = 5
+    """`vocabulary_entropy`: generated tokens whose entropy counts."""
+    divergence_weight: NonNegativeFloat = 1.0
+    """`anchored`: of the Jensen-Shannon divergence from the single adapters."""
+    spread_weight: NonNegativeFloat = 1.0
+    """`anchored`: of the entropy of the mean prediction, which a collapse lowers."""
+    max_entropy_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """`anchored`: prompts whose entropy is above this share of log C do not count."""
+    max_titles: PositiveInt = 15
+    """History titles in a prompt."""
+
+
+class SearchedMix(Section):
+    """A mix whose weights a gradient-free search finds on a few clicks (LoraHub, 2307.13269)."""
+
+    method: Literal["lorahub"]
+    num_prompts: PositiveInt = 16
+    """Validation clicks of users that are never scored."""
+    num_evaluations: PositiveInt = 40
+    granularity: Granularity = "model"
+    max_weight: PositiveFloat = 1.5
+    """Weights lie between minus this and this."""
+    l1_weight: NonNegativeFloat = 0.05
+    """Weight of the mean absolute weight in the objective."""
+    max_titles: PositiveInt = 15
+
+
+MixConfig = Annotated[FixedMix | LearnedMix | SearchedMix, Field(discriminator="method")]
+
+
+class GuardConfig(Section):
+    """What a cocktail has to prove on validation clicks before it is served."""
+
+    enabled: bool = True
+    num_valid_users: PositiveInt = 100
+    margin: NonNegativeFloat = 0.0
+    """NDCG by which a control must be ahead for the cocktail to be refused."""
+
+
+class MergeConfig(LearnedMix):
+    """The cocktail, which is a learned mix, and everything that is made beside it."""
+
+    mixes: dict[MixName, MixConfig] = Field(default_factory=dict)
+    """Further mixes by name, to compare; `evaluate.systems` may name them."""
+    neighbours: tuple[DomainName, ...] | Literal["all"] = ()
+    """Other domains whose ingredients are mixed in too; a domain's own never counts twice."""
+    rank: PositiveInt | None = None
+    """Rank of the mixes as they are saved; null keeps the sum of ranks, which is exact."""
+    guard: GuardConfig = GuardConfig()
+    search: dict[str, Any] | None = None
+    """Settings of the cocktail to search, written as in `tune.search`."""
+    num_samples: PositiveInt = 1
+    """Settings that a search with distributions draws."""
+    choose_by: Literal["valid_ndcg", "objective"] = "valid_ndcg"
+    """What a search is decided by: validation clicks, or the unlabeled objective."""
+    micro_batch_size: PositiveInt | None = None
+    """Prompts whose gradients are held at once; changes memory, not the result. Null: all."""
+    cpus_per_task: PositiveFloat = 1.0
+    gpus_per_task: NonNegativeFloat = 0.0
