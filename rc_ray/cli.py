@@ -302,7 +302,7 @@ def demo(
 ) -> None:
     """The whole chain on real data, the endpoint, and a real request for two domains."""
     with _plain_errors(verbose):
-        with _opened(experiment, overrides) as (loaded, console):
+        with _opened(experiment, overrides) as (loaded, console), _only_driver(loaded, STAGES):
             from rc_ray import demo as tour
 
             _write_config(loaded)
@@ -325,12 +325,13 @@ def _run_stages(
     with _plain_errors(verbose), _opened(path, overrides) as (experiment, console):
         stages = _possible(experiment, stages, console)
         _refuse_stale(path, experiment, stages)
-        _write_config(experiment)
         on_ray = [name for name in stages if name in ON_RAY]
-        _run_each([name for name in stages if name in BEFORE_RAY], experiment, force, console)
-        with _session(experiment, address, verbose) if on_ray else nullcontext():
-            _run_each(on_ray, experiment, force, console)
-        _run_each([name for name in stages if name in AFTER_RAY], experiment, force, console)
+        with _only_driver(experiment, stages):
+            _write_config(experiment)
+            _run_each([name for name in stages if name in BEFORE_RAY], experiment, force, console)
+            with _session(experiment, address, verbose) if on_ray else nullcontext():
+                _run_each(on_ray, experiment, force, console)
+            _run_each([name for name in stages if name in AFTER_RAY], experiment, force, console)
 
 
 def _possible(experiment: Experiment, stages: Sequence[str], console: Progress) -> Sequence[str]:
@@ -394,6 +395,14 @@ def _opened(path: Path, overrides: Sequence[str] | None) -> Iterator[tuple[Exper
     experiment = load(path, tuple(overrides or ()))
     with Progress() as console:
         yield experiment, console
+
+
+@contextmanager
+def _only_driver(experiment: Experiment, stages: Sequence[str]) -> Iterator[None]:
+    from rc_ray.run_lock import only_driver
+
+    with only_driver(experiment.run_dir, stages):
+        yield
 
 
 @contextmanager

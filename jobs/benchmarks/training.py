@@ -47,6 +47,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,6 @@ from rc_ray.core.model import LanguageModel, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.training import TorchEngine, TrainingModule, TrainingPlan, train_steps
-from rc_ray.requests import flat_candidates
 from rc_ray.training_config import TrainingConfig
 
 CONTESTANTS = (
@@ -343,7 +343,11 @@ def quality(name: str, domain_dir: Path, arguments: argparse.Namespace) -> Count
     meter.start()
     train(lm, domain, config, meter)
     lm.model.eval()
-    cases = sample(domain.cases("valid", "warm"), arguments.users, 7)
+    # The main list alone: `instruct` prompts would name the target once for every further list.
+    cases = [
+        replace(case, more_candidates={})
+        for case in sample(domain.cases("valid", "warm"), arguments.users, 7)
+    ]
     ranker = Ranker(
         lm, domain.name, domain.titles, domain.num_train, PromptRenderer(lm.tokenizer, config.style)
     )
@@ -351,7 +355,7 @@ def quality(name: str, domain_dir: Path, arguments: argparse.Namespace) -> Count
         scores = ranker.score(
             ranker.prepare(
                 [[domain.titles[item] for item in case.history] for case in cases],
-                [flat_candidates(case) for case in cases],
+                [case.candidates for case in cases],
             )
         )
         empty = ranker.empty_log_likelihoods()
