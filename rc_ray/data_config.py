@@ -113,6 +113,9 @@ class DataConfig(Section):
     few_shot_user_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
     """Share of an ingredient domain's users of whom training sees `num_few_shot` items."""
     num_few_shot: PositiveInt = 3
+    num_training_users: dict[DomainName, PositiveInt] = Field(default_factory=dict)
+    """Ingredient domains of which training sees so many users alone, a seeded sample; the others
+    are validated and tested on as before."""
     negatives: Negatives = "uniform"
     """How the negatives of the main list of candidates are drawn, see `more_candidates`."""
     num_negatives: PositiveInt = 19
@@ -162,6 +165,11 @@ class DataConfig(Section):
         if unknown:
             raise ValueError(
                 f"no source defines the domain {', '.join(unknown)}; defined: {', '.join(known)}"
+            )
+        strange = sorted(set(self.num_training_users) - set(self.ingredients))
+        if strange:
+            raise ValueError(
+                f"`num_training_users` names {', '.join(strange)}, which `ingredients` does not"
             )
         return self
 

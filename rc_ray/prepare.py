@@ -85,8 +85,12 @@ def fingerprint_config(data: DataConfig, source: Source, domain: str) -> dict[st
         "domain": domain,
         "role": "ingredient" if is_ingredient else "spirit",
         "source": source.model_dump(mode="json", exclude={"path", "interactions", "items"}),
-        **data.model_dump(mode="json", exclude={"sources", "spirit", "ingredients"}),
+        **data.model_dump(
+            mode="json", exclude={"sources", "spirit", "ingredients", "num_training_users"}
+        ),
     }
+    if domain in data.num_training_users:
+        config["num_training_users"] = data.num_training_users[domain]
     if not is_ingredient:
         for field in ("unlabeled_fraction", "few_shot_user_fraction", "num_few_shot"):
             del config[field]

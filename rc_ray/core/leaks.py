@@ -154,6 +154,9 @@ def _check_training(
     _require(domain, ~held | (train.lengths == 0), users, "a user who is held out trains")
     few = (draws != FEW_SHOT) | (train.lengths <= config.num_few_shot)
     _require(domain, few, users, "a few-shot user trains more than `data.num_few_shot` items")
+    allowed = config.num_training_users.get(domain.name, len(users))
+    within = np.cumsum(train.lengths > 0) <= allowed
+    _require(domain, within, users, "more users train than `data.num_training_users` allows")
 
     rows, known = met.rows_of(train, users)
     _require(domain, known, owners, "the training history holds an item that the user never met")

@@ -154,7 +154,7 @@ def split(
                 f"domain `{domain.name}`: {num_warm} warm items are too few for "
                 f"{list_field(name)} = {candidates.num_negatives} ({describe(domain.counts)})"
             )
-    train = _train(warm, draws, config)
+    train = _sampled(_train(warm, draws, config), domain, config, seed)
     cases = _cases(domain, warm, cold, draws, config, has_cold_cases=is_ingredient)
     counts |= {
         "cold_items": int(cold.sum()),
@@ -210,6 +210,19 @@ def _train(warm: _Warm, draws: Codes, config: DataConfig) -> Histories:
     known = np.where(draws == FEW_SHOT, np.minimum(few, config.num_few_shot), known)
     known = np.where((draws == COLD_USER) | (draws == HELD_OUT), 0, known)
     return warm.histories.heads(np.arange(len(length)), known)
+
+
+def _sampled(train: Histories, domain: CleanDomain, config: DataConfig, seed: int) -> Histories:
+    """(U,) the training histories of `num_training_users` users, and empty ones for the others."""
+    num = config.num_training_users.get(domain.name)
+    users = np.flatnonzero(train.lengths)
+    if num is None or num >= len(users):
+        return train
+    hashes = keyed_hashes(domain.user_ids, seed, domain.name, "training")
+    kept = users[np.argsort(hashes[users], kind="stable")[:num]]
+    lengths = np.zeros_like(train.lengths)
+    lengths[kept] = train.lengths[kept]
+    return train.heads(np.arange(len(train)), lengths)
 
 
 def _cases(

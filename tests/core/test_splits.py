@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from rc_ray.core.cleaning import CleanDomain, DomainError, clean
-from rc_ray.core.leaks import check_no_leak
+from rc_ray.core.leaks import LeakError, check_no_leak
 from rc_ray.core.splits import DRAWS, PURPOSES, TEMPERATURES, HeldOut, SplitDomain, split
 from rc_ray.data_config import DataConfig
 from tests.core.small_logs import config, random_raw, raw
@@ -248,3 +248,30 @@ def test_draws_depend_on_the_user_and_the_seed_alone() -> None:
     settings = config(role="ingredient")
     unlabeled = {user for user, role in draws(90).items() if role == "unlabeled"}
     assert unlabeled == {user for user, role in reference.items() if role == "unlabeled"}
+
+
+def test_training_sees_a_few_users_and_all_are_tested_as_before() -> None:
+    settings = config(role="ingredient")
+    domain = clean(random_raw(num_users=90), settings, seed=3)
+    whole = split(domain, settings, seed=3)
+
+    def limited(num: int) -> SplitDomain:
+        few = settings.model_copy(update={"num_training_users": {domain.name: num}})
+        result = split(domain, few, seed=3)
+        check_no_leak(domain, result, few, HeldOut.nothing())
+        return result
+
+    result = limited(7)
+    trained = {u: h for u, h in enumerate(result.train) if h}
+    assert len(trained) == 7
+    assert all(history == whole.train[user] for user, history in trained.items())
+    assert result.num_train.sum() == sum(map(len, trained.values()))
+    assert found_cases(domain, result) == found_cases(domain, whole)
+    assert np.array_equal(result.cold, whole.cold)
+    # More users keep the first ones; more than there are change nothing.
+    assert set(trained) < {u for u, h in enumerate(limited(20).train) if h}
+    assert list(limited(1000).train) == list(whole.train)
+    # A history beyond the limit is a leak.
+    few = settings.model_copy(update={"num_training_users": {domain.name: 6}})
+    with pytest.raises(LeakError, match=r"more users train than `data.num_training_users`"):
+        check_no_leak(domain, result, few, HeldOut.nothing())
