@@ -31,10 +31,11 @@ the clock's, and memory is the GPU's.
 is for a GPU of 80 GB (it runs in bf16; its bf16 product is the peak), `tiny` tries the script out.
 Tokens are those of `--model`; their ids fit into the larger vocabulary.
 
-With --quality-minutes each of `--quality` trains for so long by the clock, all of them side by side
-with `--threads` each, on every domain given, and ranks validation users: NDCG@10 among the
-candidates, with the calibration of docs/method.md chosen on the same users for all. The learning
-rate is constant, and equal for all unless --trainer-learning-rate says otherwise.
+With --quality-minutes each of `--quality` trains for so long, all of them side by side with
+`--threads` each, on every domain given, and ranks validation users: NDCG@10 among the candidates,
+with the calibration of docs/method.md chosen on the same users for all. The learning rate is
+constant, and equal for all unless --trainer-learning-rate says otherwise. Minutes are counted as
+seconds are above; on a machine of as many free cores as threads they are the clock's.
 """
 
 from __future__ import annotations
@@ -336,10 +337,10 @@ def measure(name: str, arguments: argparse.Namespace) -> Count:
 
 
 def quality(name: str, domain_dir: Path, arguments: argparse.Namespace) -> Count:
-    """Train for some minutes by the clock and rank validation users."""
+    """Train for some minutes and rank validation users."""
     train, lm, config = build(name, arguments)
     domain = read_domain(domain_dir)
-    meter = Meter(60 * arguments.quality_minutes, lm.device, by_clock=True)
+    meter = Meter(60 * arguments.quality_minutes, lm.device, by_clock=arguments.by_clock)
     meter.start()
     train(lm, domain, config, meter)
     lm.model.eval()
