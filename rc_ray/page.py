@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 from rc_ray import __version__, charts, page_parts
 from rc_ray.config import BASELINES
@@ -211,8 +212,9 @@ def how_chosen(entry: Mapping[str, Any]) -> str:
         "fixed": "fixed",
         "default": "default, no validation users",
     }
-    told = words[str(entry.get("chosen_by", "clicks"))]
-    is_shared = entry.get("scope") == "global" and entry["chosen_by"] in ("clicks", "unlabeled")
+    chosen_by = entry.get("chosen_by", "clicks")
+    told = words.get(chosen_by, "")
+    is_shared = entry.get("scope") == "global" and chosen_by in ("clicks", "unlabeled")
     return f"{told}, one for all domains" if is_shared else told
 
 
