@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rc_ray.core.calibration import group_shares, popularity_groups, prior_mismatch
+from rc_ray.core.metrics import ndcg, rank_targets
 from rc_ray.core.ranking import calibrated
 
 NUM_ITEMS, NUM_TASTES, NUM_USERS, NUM_NEGATIVES = 60, 5, 6000, 9
@@ -106,3 +107,17 @@ def test_entropy_alone_would_choose_the_loudest_prior() -> None:
     # Any scores, right or wrong, look more certain when they are multiplied.
     scaled = [world.entropy(0.0, 0.0, scale) for scale in (1.0, 2.0, 4.0)]
     assert scaled == sorted(scaled, reverse=True)
+
+
+def test_a_noisy_likelihood_wants_more_popularity_than_matching_gives() -> None:
+    """The limit that docs/method.md tells: the likelihood's scale is not among the settings."""
+    world = World(0.0)
+    world.likelihood += 2.0 * np.random.default_rng(0).normal(size=world.likelihood.shape)
+    gammas = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
+    matched = gammas[int(np.argmin([world.mismatch(1.0, gamma) for gamma in gammas]))]
+    targets = np.zeros(NUM_USERS, dtype=int)
+    qualities = [
+        float(ndcg(rank_targets(world.score(1.0, gamma), targets), 10).mean()) for gamma in gammas
+    ]
+    assert matched < gammas[int(np.argmax(qualities))]
+    assert qualities[gammas.index(matched)] > qualities[0]
