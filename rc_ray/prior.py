@@ -166,7 +166,7 @@ def summary(domain: str, metrics: Mapping[str, Any]) -> str:
     if metrics["unknown_rows"]:
         lines.append(
             f"left out: {metrics['unknown_rows']:,} rows of {metrics['unknown_items']:,} items "
-            "outside the catalogue, which need `rc-ray prepare`"
+            "outside the catalogue; new items enter it by `rc-ray prepare`"
         )
     if metrics["incomplete_rows"]:
         lines.append(f"left out: {metrics['incomplete_rows']:,} rows without user, item or time")
