@@ -42,6 +42,10 @@ class RunFolder:
     def domain_dir(self, domain: str) -> Path:
         return self.root / "data" / domain
 
+    def prior_dir(self, domain: str) -> Path:
+        """A popularity prior that was refreshed from a newer log; absent where none was."""
+        return self.root / "priors" / domain
+
     @property
     def spirit_dir(self) -> Path:
         return self.root / "spirit"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rc_ray.comparison import SystemScores, catalogue_ranks, list_ranks, valid_ndcg
+from rc_ray.comparison import SystemScores, catalogue_ranks, list_ranks
 from rc_ray.config import EvaluateConfig, System
 from rc_ray.core.baselines import Popularity, Recommender
 from rc_ray.core.domains import Domain, RankingCase, read_domain
@@ -24,6 +24,7 @@ from rc_ray.core.model import LanguageModel
 from rc_ray.core.sasrec import Sasrec
 from rc_ray.core.title_embedding import TitleEmbedding, embed_titles
 from rc_ray.requests import ASKED_PROBES, flat_candidates, probed
+from rc_ray.score_settings import valid_ndcg
 from rc_ray.shards import Stopwatch, batched, read_arrays, write_arrays
 
 Floats = npt.NDArray[np.float32]

@@ -17,6 +17,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rc_ray import data_verbs
+from rc_ray.command_line import (
+    Address,
+    ExperimentFile,
+    Force,
+    Overrides,
+    Verbose,
+    plain_errors,
+)
+
 if TYPE_CHECKING:
     from rc_ray.config import Experiment
     from rc_ray.progress import Progress
@@ -36,22 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ExperimentFile = Annotated[
-    Path, typer.Argument(metavar="EXPERIMENT", help="a YAML file, see jobs/")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="override a field, e.g. train.num_steps=20"),
-]
-Force = Annotated[bool, typer.Option("--force", help="redo what is finished")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", help="show Ray's own output, and stack traces of errors")
-]
-Address = Annotated[
-    str | None,
-    typer.Option("--address", help="a Ray cluster; else RAY_ADDRESS, else Ray on this machine"),
-]
 
 
 @app.command()
@@ -139,7 +133,7 @@ def run(
     if seeds == 1:
         _run_stages(experiment, overrides, STAGES, force, verbose, address)
         return
-    with _plain_errors(verbose):
+    with plain_errors(verbose):
         from rc_ray.config import load
         from rc_ray.seeds import summarise, variants
 
@@ -159,7 +153,7 @@ def serve(
     address: Address = None,
 ) -> None:
     """Serve the cocktails of all domains behind one HTTP endpoint, until Ctrl-C."""
-    with _plain_errors(verbose), _opened(experiment, overrides) as (loaded, console):
+    with plain_errors(verbose), _opened(experiment, overrides) as (loaded, console):
         with _session(loaded, address, verbose):
             from rc_ray.serve.deployments import deploy
 
@@ -184,7 +178,7 @@ def rank(
     verbose: Verbose = False,
 ) -> None:
     """Answer one request on this machine, without Ray, as the service would."""
-    with _plain_errors(verbose):
+    with plain_errors(verbose):
         from rc_ray.config import load
         from rc_ray.serve.scoring import rank_offline
 
@@ -202,7 +196,7 @@ def rank(
 @app.command()
 def show(experiment: ExperimentFile, overrides: Overrides = None, verbose: Verbose = False) -> None:
     """Print the resolved experiment and which stages are finished, stale or missing."""
-    with _plain_errors(verbose):
+    with plain_errors(verbose):
         from rc_ray.config import load
         from rc_ray.status import dump, read_status
 
@@ -216,7 +210,7 @@ def show(experiment: ExperimentFile, overrides: Overrides = None, verbose: Verbo
 @app.command()
 def assets(verbose: Verbose = False) -> None:
     """Fetch the embedded model and data set into the cache, where they are not there yet."""
-    with _plain_errors(verbose):
+    with plain_errors(verbose):
         from rc_ray.assets import EMBEDDED_MODEL, model_dir, movielens_dir
         from rc_ray.progress import Progress
 
@@ -226,69 +220,8 @@ def assets(verbose: Verbose = False) -> None:
             console.note(str(model_dir(EMBEDDED_MODEL, console.note)))
 
 
-@app.command("import")
-def import_(
-    format: Annotated[
-        str, typer.Argument(metavar="FORMAT", help="e.g. amazon-2023, movielens-csv, table")
-    ],
-    domain: Annotated[str, typer.Option("--domain", help="the domain's name")],
-    paths: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="PATH...", help="files, or a folder with the publisher's files"),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="default: imported/DOMAIN")
-    ] = None,
-    interactions: Annotated[
-        list[Path] | None,
-        typer.Option("--interactions", metavar="PATH", help="file or folder of interactions"),
-    ] = None,
-    items: Annotated[
-        list[Path] | None, typer.Option("--items", metavar="PATH", help="file or folder of items")
-    ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option("--column", metavar="FIELD=COLUMN", help="of a table: title=name"),
-    ] = None,
-    delimiter: Annotated[
-        str | None, typer.Option("--delimiter", help="of a table: one character, or tab")
-    ] = None,
-    time_unit: Annotated[
-        str | None, typer.Option("--time-unit", help="of a table: s (default), ms, us or iso")
-    ] = None,
-    parallel: Annotated[
-        bool, typer.Option("--parallel", help="read the files of interactions in parallel, on Ray")
-    ] = False,
-    verbose: Verbose = False,
-    address: Address = None,
-) -> None:
-    """Read a publisher's raw files into a folder for `format: parquet`.
-
-    Formats: amazon-2014, amazon-2018, amazon-2023, movielens-100k, movielens-1m, movielens-10m,
-    movielens-csv, yelp, steam, goodreads, recbole, and table for any CSV, TSV, JSON lines or
-    Parquet with a map of columns. docs/data.md lists the files of each.
-    """
-    with _plain_errors(verbose):
-        from rc_ray import importing
-        from rc_ray.progress import Progress
-
-        request = importing.Request(
-            format=format,
-            domain=domain,
-            out=out or Path("imported") / domain,
-            paths=paths or (),
-            interactions=interactions or (),
-            items=items or (),
-            columns=columns or (),
-            delimiter=delimiter,
-            time_unit=time_unit,
-            parallel=parallel,
-            address=address,
-            verbose=verbose,
-        )
-        with Progress() as console:
-            counts = importing.run(request, console)
-        typer.echo(importing.summary(request, counts))
+app.command("import")(data_verbs.import_)
+app.command()(data_verbs.prior)
 
 
 @app.command()
@@ -301,7 +234,7 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """The whole chain on real data, the endpoint, and a real request for two domains."""
-    with _plain_errors(verbose):
+    with plain_errors(verbose):
         with _opened(experiment, overrides) as (loaded, console), _only_driver(loaded, STAGES):
             from rc_ray import demo as tour
 
@@ -322,7 +255,7 @@ def _run_stages(
     verbose: bool,
     address: str | None = None,
 ) -> None:
-    with _plain_errors(verbose), _opened(path, overrides) as (experiment, console):
+    with plain_errors(verbose), _opened(path, overrides) as (experiment, console):
         stages = _possible(experiment, stages, console)
         _refuse_stale(path, experiment, stages)
         on_ray = [name for name in stages if name in ON_RAY]
@@ -422,35 +355,6 @@ def _write_config(experiment: Experiment) -> None:
     from rc_ray.status import dump
 
     write_text(RunFolder(experiment.run_dir).config_path, dump(experiment))
-
-
-@contextmanager
-def _plain_errors(verbose: bool) -> Iterator[None]:
-    """Tell a person's mistakes in one line with exit code 2; a fault of ours keeps its trace."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):  # Ray Train turns the one into the other
-        typer.echo("stopped; what is finished stays, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        from rc_ray.errors import UserError
-
-        if verbose or not isinstance(error, UserError | OSError):
-            raise
-        typer.echo(f"error: {_told(error)}", err=True)
-        raise typer.Exit(2) from None
-
-
-def _told(error: Exception) -> str:
-    """What an error says; of the system's own (a full disk, no permission), which file it met."""
-    from rc_ray.errors import printable
-
-    text = str(error)
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        what = error.strerror or text.strip() or type(error).__name__
-        text = f"{where}{what.splitlines()[0]}"
-    return printable(text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Letters: N users, C candidates of all their lists, I items, K items shown.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,21 +13,23 @@ import numpy as np
 import numpy.typing as npt
 
 from rc_ray.config import EvaluateConfig, System
-from rc_ray.core.domains import Domain, RankingCase
-from rc_ray.core.metrics import TargetRanks, ndcg, rank_targets
-from rc_ray.core.ranking import WITH_PRIOR, calibrated
-from rc_ray.requests import (
-    ASKED_PROBES,
-    CATALOGUE,
-    MAIN,
-    flat_candidates,
-    list_slices,
-    target_positions,
+from rc_ray.core.domains import Domain
+from rc_ray.core.metrics import TargetRanks
+from rc_ray.data_config import Negatives
+from rc_ray.requests import ASKED_PROBES, CATALOGUE, MAIN, list_slices
+from rc_ray.score_settings import (
+    Cases,
+    Floats,
+    Point,
+    aligned,
+    best_point,
+    grid_values,
+    mismatch,
+    ranks_in,
+    score_of,
+    valid_ndcg,
 )
-from rc_ray.shards import EMPTY, EMPTY_MASKED, Calibration
-
-Floats = npt.NDArray[np.floating[Any]]
-Cases = Mapping[str, Sequence[RankingCase]]
+from rc_ray.shards import Calibration
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SystemScores:
     calibration: Calibration | None = None
     """None for a baseline."""
     chosen: Mapping[str, Any] = field(default_factory=dict)
-    """What a baseline chose for itself on validation users."""
+    """What a baseline chose for itself on validation users; else how the calibration was chosen."""
     valid_ndcg: float | None = None
     """Of the chosen setting on the validation users; None without any."""
     costs: tuple[Mapping[str, Any], ...] = ()
@@ -79,38 +80,50 @@ def calibrate(
     cases: Cases,
     log_prior: Floats,
     config: EvaluateConfig,
-    default: tuple[float, float, bool],
+    default: Point,
+    *,
+    negatives: Negatives = "uniform",
+    shared: Point | None = None,
 ) -> SystemScores:
-    """Choose the score's settings by NDCG over the validation users' main lists, then rank.
+    """Choose the score's settings on the validation users' main lists, then rank.
 
     Args:
         scores: (1, 2, I) under `empty` (and `empty_masked`), (N, 2, C) by split, (N, 2, C of main)
             by probe.
         cases: by split and by probe, in the order of the scores.
         log_prior: (I,).
-        config: the values to choose from; the first point of the grid wins a tie.
+        config: how to choose and the values to choose from; the first point of the grid wins a tie.
         default: (alpha, gamma, prior in the trie) where no validation user can choose.
+        negatives: how those of the main list were drawn, for a choice without clicks.
+        shared: what was chosen for all domains at once; it is taken as it is.
     """
     parts = {
-        split: (scores[split], *_aligned(split, found, scores, log_prior))
+        split: (scores[split], *aligned(split, found, scores, log_prior))
         for split, found in cases.items()
         if found
     }
 
-    def final(split: str, alpha: float, gamma: float, inside: bool) -> Floats:
-        likelihood, empty, prior = parts[split]
-        row = WITH_PRIOR if inside else 0
-        return calibrated(likelihood[:, row], empty[:, row], prior, alpha=alpha, gamma=gamma)
+    def final(split: str, point: Point) -> Floats:
+        return score_of(*parts[split], point)
 
-    best, quality = default, None
+    settings = config.calibration
+    best, chosen_by = default, "default"
+    if settings.fixed is not None:
+        best, chosen_by = settings.fixed, "fixed"
+    elif shared is not None:
+        best, chosen_by = shared, settings.chosen_by
+    elif "valid" in parts:
+        values = grid_values(scores, cases, log_prior, config, negatives)
+        best, chosen_by = best_point(config, values), settings.chosen_by
+    chosen: dict[str, Any] = {"chosen_by": chosen_by, "scope": settings.scope}
+    quality = None
     if "valid" in parts:
-        grid = list(itertools.product(config.alphas, config.gammas, config.prior_in_trie))
-        values = [valid_ndcg(final("valid", *point), cases["valid"]) for point in grid]
-        quality = max(values)
-        best = grid[values.index(quality)]
-    found = {split: (final(split, *best),) for split in parts}
+        quality = valid_ndcg(final("valid", best), cases["valid"])
+        if chosen_by == "unlabeled":
+            chosen["prior_mismatch"] = mismatch(*parts["valid"], best, cases["valid"], negatives)
+    found = {split: (final(split, best),) for split in parts}
     raw = {
-        split: _ranks(final(split, 0.0, 0.0, False), cases[split], MAIN)
+        split: ranks_in(final(split, (0.0, 0.0, False)), cases[split], MAIN)
         for split in parts
         if is_test_split(split)
     }
@@ -119,6 +132,7 @@ def calibrate(
         ranks=list_ranks(found, cases),
         raw_ranks=raw,
         calibration=Calibration(*best),
+        chosen=chosen,
         valid_ndcg=quality,
     )
 
@@ -128,16 +142,11 @@ def list_ranks(
 ) -> dict[tuple[str, str], tuple[TargetRanks, ...]]:
     """Where the targets stand, by test split and list of candidates."""
     return {
-        (split, name): tuple(_ranks(one, cases[split], name) for one in scores)
+        (split, name): tuple(ranks_in(one, cases[split], name) for one in scores)
         for split, scores in final.items()
         if is_test_split(split)
         for name in list_slices(cases[split][0])
     }
-
-
-def valid_ndcg(scores: Floats, cases: Sequence[RankingCase]) -> float:
-    """Mean NDCG over the whole main lists, (N, C) scores."""
-    return float(ndcg(_ranks(scores, cases, MAIN), len(cases[0].candidates)).mean())
 
 
 def catalogue_ranks(
@@ -148,19 +157,3 @@ def catalogue_ranks(
         (split, CATALOGUE): tuple(TargetRanks(p["num_better"], p["num_tied"]) for p in seeds)
         for split, seeds in parts.items()
     }
-
-
-def _ranks(scores: Floats, cases: Sequence[RankingCase], name: str) -> TargetRanks:
-    return rank_targets(scores[:, list_slices(cases[0])[name]], target_positions(cases, name))
-
-
-def _aligned(
-    split: str, cases: Sequence[RankingCase], scores: Mapping[str, Floats], log_prior: Floats
-) -> tuple[Floats, Floats]:
-    """Empty-history scores (N, 2, C) and prior (N, C) of the candidates, as they were scored."""
-    if split in ASKED_PROBES:
-        items = np.array([case.candidates for case in cases])
-    else:
-        items = np.array([flat_candidates(case) for case in cases])  # (N, C)
-    empty = scores[EMPTY_MASKED if split == "masked_titles" else EMPTY][0]  # (2, I)
-    return empty[:, items].transpose(1, 0, 2), log_prior[items]

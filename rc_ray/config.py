@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from rc_ray.baselines_config import ItemKnnConfig, SasrecConfig, TitleEmbeddingConfig
+from rc_ray.calibration_config import CalibrationConfig
 from rc_ray.data_config import DataConfig, Section
 from rc_ray.errors import ConfigError
 from rc_ray.merge_config import MergeConfig
@@ -75,6 +76,7 @@ class EvaluateConfig(Section):
     """Warm test users of a probe; null takes all of them."""
     num_valid_users: PositiveInt | None = 100
     """Validation users that choose alpha and gamma."""
+    calibration: CalibrationConfig = CalibrationConfig()
     alphas: tuple[NonNegativeFloat, ...] = Field(default=(0.0, 0.5, 1.0), min_length=1)
     """Weights of log p(title | empty history) to choose from."""
     gammas: tuple[NonNegativeFloat, ...] = Field(default=(0.0, 0.5, 1.0, 2.0), min_length=1)
@@ -166,6 +168,17 @@ class Experiment(Section):
             raise ValueError(
                 "`style: instruct` lists the candidates in the prompt, and a whole catalogue is "
                 "too long for one; set `evaluate.num_catalogue_users: 0`, or another style"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _known_draw_for_calibration(self) -> Experiment:
+        chosen_by = self.evaluate.calibration.chosen_by
+        if chosen_by == "unlabeled" and self.data.negatives == "category":
+            raise ValueError(
+                "`evaluate.calibration.chosen_by: unlabeled` compares the lists' popularity with "
+                "the log's, and `data.negatives: category` draws by the history; take "
+                "`chosen_by: clicks`, or `uniform` or `popularity` negatives in the main list"
             )
         return self
 

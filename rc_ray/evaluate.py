@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rc_ray.crew import Crew, EvaluationFailed, crew
 from rc_ray.probe_table import probe_table
 from rc_ray.progress import Progress
 from rc_ray.requests import ASKED_PROBES
+from rc_ray.score_settings import Point, shared_points
 from rc_ray.shards import (
     NUM_SHOWN,
     CatalogueShard,
@@ -87,7 +88,10 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         shutil.rmtree(folder.root / _WORK, ignore_errors=True)
     with crew(experiment, console) as actors:
         num_scores = score_lists(plans, actors)
-        found = [_domain_scores(experiment, domains[llm.domain], llm, own) for llm, own in plans]
+        shared = shared_points(experiment, domains, [llm for llm, _ in plans])
+        found = [
+            _domain_scores(experiment, domains[llm.domain], llm, own, shared) for llm, own in plans
+        ]
         num_scores += _rank_catalogues(found, plans, actors)
     if not num_scores:
         console.note("every score is there already")
@@ -302,7 +306,11 @@ def _with_catalogue(domain: DomainScores, shards: Sequence[CatalogueShard]) -> D
 
 
 def _domain_scores(
-    experiment: Experiment, domain: Domain, llm: DomainRun, baselines: Sequence[BaselineRun]
+    experiment: Experiment,
+    domain: Domain,
+    llm: DomainRun,
+    baselines: Sequence[BaselineRun],
+    shared: Mapping[System, Point],
 ) -> DomainScores:
     systems: dict[System, SystemScores] = {}
     for name in experiment.evaluate.systems:
@@ -317,6 +325,8 @@ def _domain_scores(
             domain.log_prior(),
             experiment.evaluate,
             default=(0.0, 0.0, experiment.tune.learns_with_prior),
+            negatives=experiment.data.negatives,
+            shared=shared.get(system.system),
         )
         cost = {
             "what": "scoring",

@@ -44,8 +44,8 @@ class Findings:
 
     experiment: Experiment
     results: Results
-    calibration: dict[str, dict[str, dict[str, float]]]
-    """Domain -> system -> alpha, gamma."""
+    calibration: dict[str, dict[str, dict[str, Any]]]
+    """Domain -> system -> alpha, gamma, prior in the trie, and how they were chosen."""
     mixtures: dict[str, Mixture] = field(default_factory=dict)
     losses: dict[str, Curve] = field(default_factory=dict)
     """Name of the adapter -> (step, training loss in nats per title)."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 from rc_ray import __version__, charts, page_parts
 from rc_ray.config import BASELINES
@@ -203,6 +204,20 @@ def _list_table(findings: Findings, domain: str, name: str, systems: Sequence[st
     )
 
 
+def how_chosen(entry: Mapping[str, Any]) -> str:
+    """In words, how the three settings of a system's score came about."""
+    words = {
+        "clicks": "by validation clicks",
+        "unlabeled": "without labels",
+        "fixed": "fixed",
+        "default": "default, no validation users",
+    }
+    chosen_by = entry.get("chosen_by", "clicks")
+    told = words.get(chosen_by, "")
+    is_shared = entry.get("scope") == "global" and chosen_by in ("clicks", "unlabeled")
+    return f"{told}, one for all domains" if is_shared else told
+
+
 def _raw_table(
     findings: Findings, domain: str, systems: Sequence[str], splits: Sequence[str]
 ) -> str:
@@ -216,11 +231,12 @@ def _raw_table(
     if not measured:
         return ""
     calibration = findings.calibration.get(domain, {})
-    head = '<tr><th></th><th class="group" colspan="3">chosen</th>' + "".join(
+    head = '<tr><th></th><th class="group" colspan="4">chosen</th>' + "".join(
         f'<th class="group" colspan="{2 * len(shown)}">{SPLITS[split]}</th>' for split in splits
     )
     head += (
         "</tr><tr><th>system</th><th>&alpha;</th><th>&gamma;</th><th>prior in trie</th>"
+        "<th>how</th>"
         + "".join(f"<th>{metric}</th><th>raw</th>" for _ in splits for metric in shown)
     )
     rows = []
@@ -228,6 +244,7 @@ def _raw_table(
         chosen = calibration.get(system, {})
         cells = [f"{chosen[k]:g}" if k in chosen else "" for k in ("alpha", "gamma")]
         cells.append("yes" if chosen.get("prior_in_trie") else "no")
+        cells.append(how_chosen(chosen))
         for split in splits:
             for metric in shown:
                 for name in (system, f"{system} (raw)"):
@@ -235,7 +252,7 @@ def _raw_table(
         rows.append((system, cells))
     return (
         '<details class="card"><summary>Calibrated score beside the raw likelihood</summary>'
-        '<p class="soft">With all three chosen on validation users, the score '
+        '<p class="soft">The score '
         "is log p(title | history) &minus; &alpha; log p(title | empty "
         "history) + &gamma; log prior(title).</p>"
         f"{table(head + '</tr>', rows)}</details>"

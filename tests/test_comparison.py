@@ -8,6 +8,7 @@ import pytest
 from rc_ray.comparison import calibrate
 from rc_ray.config import EvaluateConfig
 from rc_ray.core.domains import RankingCase
+from rc_ray.score_settings import best_point, grid_values
 from rc_ray.shards import Calibration
 
 TRAINED = (0.0, 0.0, False)
@@ -130,3 +131,108 @@ def test_masked_titles_take_the_empty_scores_of_their_own_names() -> None:
     # Items 2 and 1: -1 + 1 = 0 and -2 + 3 = 1 under their made-up names.
     assert found.final["masked_titles"][0].tolist() == [[0.0, 1.0]]
     assert ("masked_titles", "main") not in found.ranks
+
+
+def tilted() -> dict[str, np.ndarray]:
+    """The model finds every item alike: without the prior each candidate gets one half."""
+    return {
+        "empty": np.zeros((1, 2, 4)),
+        "valid": np.zeros((2, 2, 2)),
+        "warm": np.zeros((2, 2, 2)),
+        "cold": np.zeros((0, 2, 1)),
+    }
+
+
+def test_without_labels_the_share_of_popular_items_decides() -> None:
+    """The lists hold items 0 and 3, of priors 0.4 and 0.1, and 2 and 1, of 0.2 and 0.3.
+
+    Each item is a group of its own. Shares expected of items 0 to 3: 0.8, 0.6, 0.4 and 0.2, halved.
+    Gamma 1 gives just these, gamma 0 a quarter each.
+    """
+    settings = config(
+        alphas=[0.0],
+        gammas=[0.0, 1.0],
+        prior_in_trie=[False],
+        calibration={"chosen_by": "unlabeled"},
+    )
+    values = grid_values(tilted(), CASES, LOG_PRIOR, settings)
+    shares = np.array([0.4, 0.3, 0.2, 0.1])
+    assert values == pytest.approx([-float((shares * np.log(shares / 0.25)).sum()), 0.0])
+    chosen = calibrate(tilted(), CASES, LOG_PRIOR, settings, TRAINED)
+    assert chosen.calibration == Calibration(0.0, 1.0, False)
+    assert chosen.chosen["chosen_by"] == "unlabeled"
+    assert chosen.chosen["prior_mismatch"] == pytest.approx(0.0)
+    # Clicks say the opposite: item 3 of (0, 3) and item 2 of (2, 1) were chosen.
+    clicks = config(alphas=[0.0], gammas=[0.0, 1.0], prior_in_trie=[False])
+    by_clicks = calibrate(tilted(), CASES, LOG_PRIOR, clicks, TRAINED)
+    assert by_clicks.calibration == Calibration(0.0, 0.0, False)
+    assert by_clicks.chosen == {"chosen_by": "clicks", "scope": "domain"}
+
+
+def test_without_labels_popular_negatives_are_reckoned_with() -> None:
+    """Of a prior and a chance of prior ** 0.75 a quarter of the prior is left."""
+    settings = config(
+        alphas=[0.0],
+        gammas=[1.0, 0.25],
+        prior_in_trie=[False],
+        calibration={"chosen_by": "unlabeled"},
+    )
+    for negatives, gamma in (("uniform", 1.0), ("popularity", 0.25)):
+        chosen = calibrate(tilted(), CASES, LOG_PRIOR, settings, TRAINED, negatives=negatives)  # type: ignore[arg-type]
+        assert chosen.calibration == Calibration(0.0, gamma, False)
+
+
+def test_without_labels_no_target_is_looked_at() -> None:
+    rng = np.random.default_rng(1)
+    settings = config(calibration={"chosen_by": "unlabeled"})
+    swapped = {
+        **CASES,
+        "valid": [
+            RankingCase(
+                case.user_id, case.history, sum(case.candidates) - case.target, case.candidates
+            )
+            for case in CASES["valid"]
+        ],
+    }
+    by_clicks = set()
+    for _ in range(20):
+        scores = {
+            **tilted(),
+            "empty": rng.normal(size=(1, 2, 4)),
+            "valid": rng.normal(size=(2, 2, 2)),
+        }
+        first = calibrate(scores, CASES, LOG_PRIOR, settings, TRAINED)
+        second = calibrate(scores, swapped, LOG_PRIOR, settings, TRAINED)
+        assert first.calibration == second.calibration
+        assert first.valid_ndcg is not None
+        by_clicks |= {
+            calibrate(scores, cases, LOG_PRIOR, config(), TRAINED).calibration != first.calibration
+            for cases in (CASES, swapped)
+        }
+    assert True in by_clicks
+
+
+def test_a_fixed_setting_is_taken_with_and_without_validation_users() -> None:
+    settings = config(
+        calibration={"chosen_by": "fixed", "alpha": 0.3, "gamma": 0.7, "prior_in_trie": True}
+    )
+    for cases in (CASES, {**CASES, "valid": []}):
+        found = calibrate(tilted(), cases, LOG_PRIOR, settings, TRAINED)
+        assert found.calibration == Calibration(0.3, 0.7, True)
+        assert found.chosen["chosen_by"] == "fixed"
+    assert found.valid_ndcg is None
+
+
+def test_one_setting_for_all_domains_is_the_best_on_average() -> None:
+    """Domain one: .9, .8, .1; domain two: .1, .8, .9. Neither's own best is the best of both."""
+    settings = config(alphas=[0.0], gammas=[0.0, 1.0, 2.0], prior_in_trie=[False])
+    one, two = [0.9, 0.8, 0.1], [0.1, 0.8, 0.9]
+    assert best_point(settings, one) == (0.0, 0.0, False)
+    assert best_point(settings, two) == (0.0, 2.0, False)
+    assert best_point(settings, one, two) == (0.0, 1.0, False)
+    assert best_point(settings, [0.5, 0.5, 0.2]) == (0.0, 0.0, False)  # the first of a tie
+    shared = (0.0, 1.0, False)
+    found = calibrate(tilted(), CASES, LOG_PRIOR, settings, TRAINED, shared=shared)
+    assert found.calibration == Calibration(*shared)
+    # Item 3 is last of (0, 3) and item 2 last of (1, 2) under the prior.
+    assert found.valid_ndcg == pytest.approx(1 / np.log2(3))

@@ -27,6 +27,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("tune.search={learning_rate: [0.1, 0.2, 0.1]}", "same point twice"),
         ("train.style=instruct", "mixed and scored in one form"),
         ("tune.prior_in_loss=false", "mixed and scored in one form"),
+        ("evaluate.calibration={chosen_by: fixed, alpha: 1.0, gamma: 0}", "`prior_in_trie` beside"),
+        ("evaluate.calibration={gamma: 0.5}", "`gamma` needs `chosen_by: fixed`"),
+        ("evaluate.calibration={chosen_by: luck}", "'clicks', 'unlabeled' or 'fixed'"),
         ("data.unlabeled_fraction=0", "greater than 0"),
         ("data.unlabeled_fraction=1", "less than 1"),
     ],
@@ -66,3 +69,12 @@ def test_a_rule_across_sections_names_its_fields_alone(path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(path, ("evaluate.probes=[popularity_negatives]",))
     assert str(caught.value).startswith(f"{path}: `evaluate.probes` names popularity_negatives")
+
+
+def test_a_choice_without_labels_must_know_how_negatives_were_drawn(path: Path) -> None:
+    wanted = "evaluate.calibration={chosen_by: unlabeled, scope: global}"
+    assert load(path, (wanted, "data.negatives=popularity")).evaluate.calibration.scope == "global"
+    with pytest.raises(ConfigError) as caught:
+        load(path, (wanted, "data.negatives=category"))
+    assert "`data.negatives: category` draws by the history" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

@@ -450,6 +450,27 @@ def test_the_page_is_balanced_and_loads_nothing(experiment: Experiment) -> None:
     assert not re.search(r"https?://|@import|url\(", page)
 
 
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"alpha": 1.0}, "by validation clicks"),
+        ({"chosen_by": "clicks", "scope": "domain"}, "by validation clicks"),
+        ({"chosen_by": "clicks", "scope": "global"}, "by validation clicks, one for all domains"),
+        ({"chosen_by": "unlabeled", "scope": "domain"}, "without labels"),
+        ({"chosen_by": "unlabeled", "scope": "global"}, "without labels, one for all domains"),
+        ({"chosen_by": "fixed", "scope": "global"}, "fixed"),
+        ({"chosen_by": "default", "scope": "global"}, "default, no validation users"),
+    ],
+)
+def test_the_page_says_how_the_score_was_set(
+    experiment: Experiment, entry: dict[str, object], words: str
+) -> None:
+    findings = read_findings(experiment)
+    domain = experiment.data.ingredients[0]
+    page = render(replace(findings, calibration={domain: {"spirit": entry}}))
+    assert f"<td>{words}</td>" in page
+
+
 def test_data_and_settings_are_escaped(experiment: Experiment) -> None:
     page = render(read_findings(experiment))
     assert NASTY not in page

@@ -10,7 +10,7 @@ Letters: N users, I items.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,11 +47,11 @@ class Popularity:
         return np.tile(self._row, (len(histories), 1))
 
 
-def log_popularity(num_train: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def log_popularity(num_train: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Log of add-one smoothed popularity, `log((n_i + 1) / (sum_j n_j + I))`; sums to 1.
 
     Args:
-        num_train: (I,) training interactions of each item.
+        num_train: (I,) training interactions of each item, or weighted clicks.
 
     Returns:
         (I,) nats; a cold item gets the smallest value, never minus infinity.

@@ -124,9 +124,7 @@ def _files(source: Source, movielens_dir: Path | None) -> tuple[tuple[Path, ...]
             )
     parts: tuple[Path, ...] = (log,)
     if isinstance(source, ParquetSource) and log.is_dir():
-        parts = tuple(
-            path for path in sorted(log.glob("*.parquet")) if not path.name.startswith((".", "_"))
-        )
+        parts = _parts(log)
         if not parts:
             raise SourceError(f"{log}: holds no file named *.parquet; {fix}")
     for path in (*parts, items):
@@ -150,48 +148,19 @@ def read(source: Source, movielens_dir: Path | None = None) -> dict[str, RawDoma
             show only as it is streamed.
     """
     logs, items_path = _files(source, movielens_dir)
+    interactions = _interactions(source, logs)
     match source:
         case ParquetSource():
-            interactions = Interactions(
-                lambda by_order: parquet_batches(logs, INTERACTIONS, {"rating"}, by_order=by_order)
-            )
             item_batches = parquet_batches((items_path,), ITEMS, {"category"})
         case CsvSource():
             columns = source.columns
-            delimiter = source.delimiter
-            log_columns: dict[str, str | None] = {
-                "user_id": columns.user_id,
-                "item_id": columns.item_id,
-                "timestamp": columns.timestamp,
-                "rating": columns.rating,
-            }
-            interactions = Interactions(
-                lambda by_order: csv_batches(
-                    logs[0], delimiter, INTERACTIONS, log_columns, by_order=by_order
-                )
-            )
             item_batches = csv_batches(
                 items_path,
-                delimiter,
+                source.delimiter,
                 ITEMS,
                 {"item_id": columns.item_id, "title": columns.title, "category": columns.category},
             )
         case MovieLensSource():
-            interactions = Interactions(
-                lambda by_order: csv_batches(
-                    logs[0],
-                    "\t",
-                    INTERACTIONS,
-                    {
-                        "user_id": "user_id:token",
-                        "item_id": "item_id:token",
-                        "timestamp": "timestamp:float",
-                        "rating": "rating:float",
-                    },
-                    atomic=True,
-                    by_order=by_order,
-                )
-            )
             item_batches = csv_batches(
                 items_path,
                 "\t",
@@ -213,6 +182,86 @@ def read(source: Source, movielens_dir: Path | None = None) -> dict[str, RawDoma
         return _split_by_genre(source.genre_domains, interactions, items, items_path)
     (name,) = domain_names(source)
     return {name: RawDomain(name, interactions, items)}
+
+
+def open_log(source: Source, path: Path) -> tuple[dict[str, Path], Interactions]:
+    """A further log of a source's domain: Parquet in the project's form, or the source's own form.
+
+    Args:
+        source: the source section; its own files are not looked at.
+        path: a file, or a folder with `interactions.parquet` or with Parquet part files.
+
+    Returns:
+        The files by name, and the log, to be streamed.
+
+    Raises:
+        SourceError: the path holds no log that can be read so.
+    """
+    if path.is_dir():
+        inner = path / "interactions.parquet"
+        folder = inner if inner.is_dir() else path
+        parts = (inner,) if inner.is_file() else _parts(folder)
+        if not parts:
+            raise SourceError(
+                f"{path}: holds neither `interactions.parquet` nor part files named *.parquet; "
+                "name the file of the log"
+            )
+    else:
+        parts = (path,)
+    for part in parts:
+        if not part.is_file():
+            raise SourceError(f"{part}: no such file or folder")
+        if part.stat().st_size == 0:
+            raise SourceError(f"{part}: is empty")
+    if parts[0].suffix == ".parquet":
+        return {part.name: part for part in parts}, _parquet_log(parts)
+    if isinstance(source, ParquetSource):
+        raise SourceError(
+            f"{path}: is not named *.parquet, as the logs of `{source.domain}` are; "
+            "`rc-ray import` makes Parquet of other formats"
+        )
+    return {path.name: path}, _interactions(source, parts)
+
+
+def _parts(folder: Path) -> tuple[Path, ...]:
+    return tuple(
+        path for path in sorted(folder.glob("*.parquet")) if not path.name.startswith((".", "_"))
+    )
+
+
+def _parquet_log(logs: tuple[Path, ...]) -> Interactions:
+    return Interactions(
+        lambda by_order: parquet_batches(logs, INTERACTIONS, {"rating"}, by_order=by_order)
+    )
+
+
+def _interactions(source: Source, logs: tuple[Path, ...]) -> Interactions:
+    """The log of a source, in its form, from these files."""
+    columns: dict[str, str | None]
+    match source:
+        case ParquetSource():
+            return _parquet_log(logs)
+        case CsvSource():
+            named, delimiter, atomic = source.columns, source.delimiter, False
+            columns = {
+                "user_id": named.user_id,
+                "item_id": named.item_id,
+                "timestamp": named.timestamp,
+                "rating": named.rating,
+            }
+        case MovieLensSource():
+            delimiter, atomic = "\t", True
+            columns = {
+                "user_id": "user_id:token",
+                "item_id": "item_id:token",
+                "timestamp": "timestamp:float",
+                "rating": "rating:float",
+            }
+    return Interactions(
+        lambda by_order: csv_batches(
+            logs[0], delimiter, INTERACTIONS, columns, atomic=atomic, by_order=by_order
+        )
+    )
 
 
 def _split_by_genre(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rc_ray.core.baselines import log_popularity
+from rc_ray.prior import Prior
 from rc_ray.serve.schemas import DomainInfo, ItemExample, RankRequest, RequestError
 
 _NUM_EXAMPLES = 20
@@ -54,6 +55,7 @@ class DomainCatalogue:
         item_ids: one per item.
         titles: one per item; repeats are allowed.
         num_train: (I,) training clicks of each item.
+        prior: clicks of a newer log that take their place; None where none was read.
     """
 
     def __init__(
@@ -62,12 +64,16 @@ class DomainCatalogue:
         item_ids: Sequence[str],
         titles: Sequence[str],
         num_train: np.ndarray,
+        prior: Prior | None = None,
     ) -> None:
         self.name = name
         self.item_ids = tuple(item_ids)
         self.titles = tuple(titles)
         self.num_train = np.asarray(num_train, dtype=np.int64)
-        self.log_prior = log_popularity(self.num_train)
+        self.clicks = np.asarray(self.num_train if prior is None else prior.clicks, dtype=float)
+        """(I,) the popularity that is served, not smoothed."""
+        self.prior_since = None if prior is None else prior.since
+        self.log_prior = log_popularity(self.clicks)
         self._by_id = {item_id: index for index, item_id in enumerate(self.item_ids)}
         self._by_title: dict[str, list[int]] = {}
         self._by_folded: dict[str, list[int]] = {}
@@ -81,7 +87,15 @@ class DomainCatalogue:
         return len(self.item_ids)
 
     def describe(
-        self, *, system: str, alpha: float, gamma: float, prior_in_trie: bool, calibrated: bool
+        self,
+        *,
+        system: str,
+        alpha: float,
+        gamma: float,
+        prior_in_trie: bool,
+        calibrated: bool,
+        chosen_by: str = "default",
+        scope: str = "domain",
     ) -> DomainInfo:
         """The domain as `GET /v1/domains` shows it."""
         return DomainInfo(
@@ -92,6 +106,9 @@ class DomainCatalogue:
             gamma=gamma,
             prior_in_trie=prior_in_trie,
             calibrated=calibrated,
+            chosen_by=chosen_by,
+            scope=scope,
+            prior_since=self.prior_since,
             examples=[
                 ItemExample(item_id=self.item_ids[index], title=self.titles[index])
                 for index in self._by_popularity()[:_NUM_EXAMPLES]

@@ -82,7 +82,13 @@ class DomainInfo(Message):
     prior_in_trie: bool
     """Whether the likelihood holds the prior at every branch of the trie."""
     calibrated: bool
-    """Whether these three were chosen on validation users; else they are the defaults."""
+    """Whether `evaluate` chose these three or the experiment fixed them; else they are defaults."""
+    chosen_by: str
+    """`clicks` of validation users, their lists alone (`unlabeled`), `fixed`, or `default`."""
+    scope: str
+    """`domain`, or `global`: one setting for all domains."""
+    prior_since: str | None
+    """When the popularity was last counted from a newer log, in UTC; null: training clicks."""
     examples: list[ItemExample]
     """The most popular items."""
 

@@ -26,6 +26,8 @@ from rc_ray.core.model import AdapterMix, LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker, best_first, calibrated
 from rc_ray.errors import ArtifactError
+from rc_ray.prior import read_prior
+from rc_ray.serve.calibration import Calibration, open_calibration
 from rc_ray.serve.catalogue import DomainCatalogue, Limits, Query
 from rc_ray.serve.schemas import (
     DomainInfo,
@@ -35,17 +37,6 @@ from rc_ray.serve.schemas import (
     RequestError,
     explain,
 )
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Settings of the calibrated score."""
-
-    alpha: float = 0.0
-    gamma: float = 0.0
-    prior_in_trie: bool = False
-    measured: bool = False
-    """Whether validation users chose them."""
 
 
 @dataclass(frozen=True)
@@ -77,41 +68,15 @@ def served_domains(experiment: Experiment) -> tuple[str, ...]:
 
 
 def open_catalogue(experiment: Experiment, domain: str) -> DomainCatalogue:
-    """Read one prepared domain.
+    """Read one prepared domain, and the popularity that `rc-ray prior` counted, if it did.
 
     Raises:
         ArtifactError: it was not prepared, or its files are damaged.
     """
-    prepared = read_domain(RunFolder(experiment.run_dir).domain_dir(domain))
-    return DomainCatalogue(domain, prepared.item_ids, prepared.titles, prepared.num_train)
-
-
-def open_calibration(experiment: Experiment, domain: str) -> Calibration:
-    """The weights that `evaluate` chose for the served system.
-
-    Where it has not run, or had no validation users to choose by, the likelihood as it was trained.
-
-    Raises:
-        ArtifactError: the file is damaged.
-    """
-    path = RunFolder(experiment.run_dir).evaluate_dir / "calibration.json"
-    as_trained = Calibration(prior_in_trie=experiment.tune.learns_with_prior)
-    if not path.exists():
-        return as_trained
-    try:
-        chosen = read_json(path).get(domain, {}).get(experiment.serve.system)
-        if chosen is None or chosen["valid_ndcg"] is None:
-            return as_trained
-        return Calibration(
-            float(chosen["alpha"]),
-            float(chosen["gamma"]),
-            bool(chosen["prior_in_trie"]),
-            measured=True,
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{path}: damaged; run `rc-ray evaluate` again") from None
+    run = RunFolder(experiment.run_dir)
+    prepared = read_domain(run.domain_dir(domain))
+    prior = read_prior(run, domain, prepared.item_ids)
+    return DomainCatalogue(domain, prepared.item_ids, prepared.titles, prepared.num_train, prior)
 
 
 def check_adapter_files(experiment: Experiment, domain: str) -> Path:
@@ -151,6 +116,8 @@ def describe(experiment: Experiment, catalogue: DomainCatalogue) -> DomainInfo:
         gamma=calibration.gamma,
         prior_in_trie=calibration.prior_in_trie,
         calibrated=calibration.measured,
+        chosen_by=calibration.chosen_by,
+        scope=calibration.scope,
     )
 
 
@@ -212,7 +179,7 @@ class RankService:
             self.lm,
             domain,
             catalogue.titles,
-            catalogue.num_train,
+            catalogue.clicks,
             self._renderer,
             max_titles=experiment.evaluate.max_titles,
             tokens_per_batch=experiment.evaluate.tokens_per_batch,

@@ -6,18 +6,21 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rc_ray import artifacts, evaluate, merge, mixing
+from rc_ray import artifacts, evaluate, merge, mixing, prior
 from rc_ray.artifacts import RunFolder
+from rc_ray.calibration_config import CalibrationConfig
 from rc_ray.config import BASELINES, SYSTEMS, Experiment
 from rc_ray.core.adapters import load_adapter, save_adapter
 from rc_ray.core.domains import read_domain
 from rc_ray.errors import ArtifactError
+from rc_ray.serve.scoring import open_catalogue
 from tests.conftest import Factory, Screen
 from tests.core.test_model import random_adapter
 
@@ -139,6 +142,47 @@ def test_a_killed_evaluation_goes_on(experiment: Experiment, screen: Screen) -> 
     evaluate.run(experiment, console=screen.console)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert pq.read_table(folder.evaluate_dir / "results.parquet").equals(expected)
+
+
+def test_a_refreshed_prior_changes_no_result(
+    experiment: Experiment, screen: Screen, tmp_path: Path
+) -> None:
+    """Scores made anew after `rc-ray prior` are those from before, to the last bit."""
+    folder = RunFolder(experiment.run_dir)
+    names = ("results.parquet", "ranks.parquet", "calibration.json")
+    expected = [(folder.evaluate_dir / name).read_bytes() for name in names]
+    log = tmp_path / "log.parquet"
+    clicks = {"user_id": ["u", "v"], "item_id": ["Tools-07"] * 2, "timestamp": [1, 2]}
+    pq.write_table(pa.table(clicks), log)
+    prior.refresh(experiment, "tools", log)
+    (folder.evaluate_dir / "manifest.json").unlink()
+    for path in (folder.root / "evaluate.work").rglob("valid-*.npz"):
+        path.unlink()
+    evaluate.run(experiment, console=screen.console)
+    assert [(folder.evaluate_dir / name).read_bytes() for name in names] == expected
+    assert open_catalogue(experiment, "tools").prior_since is not None
+    prior.remove(experiment, "tools")
+
+
+@pytest.mark.slow
+def test_another_choice_of_the_settings_scores_no_list_anew(
+    experiment: Experiment, screen: Screen
+) -> None:
+    folder = RunFolder(experiment.run_dir)
+    before = {path: path.stat().st_mtime_ns for path in folder.root.rglob("warm-*.npz")}
+    settings = CalibrationConfig(chosen_by="unlabeled", scope="global")
+    changed = experiment.evaluate.model_copy(
+        update={"calibration": settings, "num_catalogue_users": 0}
+    )
+    evaluate.run(experiment.model_copy(update={"evaluate": changed}), console=screen.console)
+    assert {path: path.stat().st_mtime_ns for path in folder.root.rglob("warm-*.npz")} == before
+    found = json.loads((folder.evaluate_dir / "calibration.json").read_text())["tools"]
+    assert (found["base"]["chosen_by"], found["base"]["scope"]) == ("unlabeled", "global")
+    assert found["base"]["prior_mismatch"] >= 0.0
+    assert "chosen_by" not in found["popularity"]
+    evaluate.run(experiment, console=screen.console)
+    found = json.loads((folder.evaluate_dir / "calibration.json").read_text())["tools"]
+    assert (found["base"]["chosen_by"], found["base"]["scope"]) == ("clicks", "domain")
 
 
 def test_a_new_ingredient_makes_its_own_scores_stale_only(

@@ -5,23 +5,28 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from rc_ray.artifacts import RunFolder
+from rc_ray.calibration_config import CalibrationConfig
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import load_adapter
 from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.errors import ArtifactError
+from rc_ray.prior import refresh
+from rc_ray.serve.calibration import open_calibration
 from rc_ray.serve.catalogue import Query
 from rc_ray.serve.schemas import RankRequest, RankResponse, RequestError
 from rc_ray.serve.scoring import (
     RankService,
     check_adapter_files,
+    describe,
     limits_of,
-    open_calibration,
     open_catalogue,
     open_language_model,
     rank_offline,
@@ -184,6 +189,80 @@ def test_calibration_is_read_for_the_served_system_only(
     path.write_text(json.dumps({"tools": {"cocktail": {"alpha": "high"}}}))
     with pytest.raises(ArtifactError, match="calibration.json: damaged"):
         open_calibration(broken, "tools")
+
+
+def test_a_setting_for_all_domains_serves_one_that_was_not_evaluated(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    shared = copied(experiment, tmp_path)
+    path = RunFolder(shared.run_dir).evaluate_dir / "calibration.json"
+    entry = {
+        "alpha": 1.0,
+        "gamma": 2.0,
+        "prior_in_trie": False,
+        "valid_ndcg": 0.3,
+        "chosen_by": "unlabeled",
+        "scope": "global",
+    }
+    path.write_text(json.dumps({"tools": {"cocktail": entry}}))
+    for domain in ("tools", "rivers"):
+        found = open_calibration(shared, domain)
+        assert (found.alpha, found.gamma, found.prior_in_trie) == (1.0, 2.0, False)
+        assert (found.measured, found.chosen_by, found.scope) == (True, "unlabeled", "global")
+    path.write_text(json.dumps({"tools": {"cocktail": {**entry, "scope": "domain"}}}))
+    assert not open_calibration(shared, "rivers").measured
+    path.write_text(json.dumps({"tools": {"cocktail": {**entry, "chosen_by": "default"}}}))
+    assert not open_calibration(shared, "tools").measured
+    settings = CalibrationConfig(chosen_by="fixed", alpha=0.1, gamma=0.2, prior_in_trie=True)
+    evaluate = shared.evaluate.model_copy(update={"calibration": settings})
+    found = open_calibration(shared.model_copy(update={"evaluate": evaluate}), "rivers")
+    assert (found.alpha, found.gamma, found.prior_in_trie) == (0.1, 0.2, True)
+    assert (found.measured, found.chosen_by) == (True, "fixed")
+
+
+def test_a_newer_log_moves_popular_items_up_inside_the_trie_and_outside(
+    experiment: Experiment, lm: LanguageModel, tmp_path: Path
+) -> None:
+    """Two users clicked item 3 and one clicked item 8: smoothed 3 and 2 of 45, all others 1."""
+    fresh = copied(experiment, tmp_path)
+    log = tmp_path / "log.parquet"
+    rows = [("a", "tools-03"), ("b", "tools-03"), ("b", "tools-03"), ("b", "tools-08")]
+    columns = {
+        "user_id": [user for user, _ in rows],
+        "item_id": [item for _, item in rows],
+        "timestamp": [1, 2, 3, 4],
+    }
+    pq.write_table(pa.table(columns), log)
+    candidates = [f"tools-{i:02d}" for i in range(42)]
+    asked = query_of(fresh, "tools", ["tools-30", "tools-31"], candidates=candidates, k=42)
+    before = ranked(RankService(fresh, lm, ["tools"]), asked)[0]
+    refresh(fresh, "tools", log, now=1_700_000_000.0)
+    service = RankService(fresh, lm, ["tools"])
+    after = ranked(service, asked)[0]
+    counts = np.ones(42)
+    counts[[3, 8]] = 3.0, 2.0
+    catalogue = open_catalogue(fresh, "tools")
+    assert np.exp(catalogue.log_prior) == pytest.approx(counts / 45)
+    ranker = Ranker(
+        lm, "tools", catalogue.titles, counts - 1, PromptRenderer(lm.tokenizer, "sequence")
+    )
+    titles = [catalogue.titles[30], catalogue.titles[31]]
+    with (
+        torch.inference_mode(),
+        lm.folded(load_adapter(RunFolder(fresh.run_dir).cocktail_dir("tools"))),
+    ):
+        likelihood = ranker.log_likelihoods([titles], [range(42)], with_prior=True)[0].numpy()
+        empty = ranker.log_likelihoods([[]], [range(42)], with_prior=True)[0].numpy()
+    expected = likelihood - 0.5 * empty + 0.25 * np.log(counts / 45)
+    found = {item.item_id: item for item in after.items}
+    for place, item_id in enumerate(candidates):
+        if item_id not in ("tools-30", "tools-31"):  # listed, so both stay in the trie
+            assert found[item_id].score == pytest.approx(expected[place], abs=1e-3)
+    ranks = {item.item_id: item.rank for item in before.items}
+    assert [item.item_id for item in before.items] != [item.item_id for item in after.items]
+    assert found["tools-03"].rank < ranks["tools-03"]
+    assert describe(fresh, catalogue).prior_since == "2023-11-14T22:13:20+00:00"
+    assert describe(experiment, open_catalogue(experiment, "tools")).prior_since is None
 
 
 def test_only_the_adapter_that_the_run_wrote_is_served(
