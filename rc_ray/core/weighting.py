@@ -20,7 +20,7 @@ from torch import Tensor
 from rc_ray.core.adapters import Adapter, first_adapted_layer
 from rc_ray.core.model import AdapterMix
 from rc_ray.core.ranking import WITH_PRIOR, Ranker
-from rc_ray.merge_config import MergeConfig
+from rc_ray.merge_config import LearnedMix
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,18 @@ class UnlabeledPrompt:
 
     history: tuple[str, ...]
     candidates: tuple[int, ...]
+    target: int | None = None
+    """Position in `candidates` of the item that came next; objective `clicks` alone reads it."""
+
+
+@dataclass(frozen=True)
+class CalibratedScore:
+    """log p(title | history) - alpha log p(title | empty history) + gamma log prior(title)."""
+
+    alpha: float
+    gamma: float
+    log_prior: np.ndarray
+    """(I,) by item, in nats; any constant may be added."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +49,15 @@ class WeightingStep:
 
     step: int
     entropy: float
-    """Mean entropy of the batch before the step, in nats; at most log C."""
+    """Mean entropy of the batch's predictions before the step, in nats."""
     weights: dict[str, list[float]]
-    """Layer name -> K weights after the step; they sum to 1."""
+    """Layer name -> K weights after the step."""
+    objective: float
+    """What the step lowers, on the batch before it."""
+    mean_prediction_entropy: float
+    """Entropy of the batch's mean prediction before the step, in nats; a collapse lowers it."""
+    num_reliable: int
+    """Prompts of the batch that counted."""
 
 
 def entropy(log_likelihood: Tensor) -> Tensor:
@@ -48,7 +66,7 @@ def entropy(log_likelihood: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum()
 
 
-def num_weighting_steps(num_prompts: int, config: MergeConfig) -> int:
+def num_weighting_steps(num_prompts: int, config: LearnedMix) -> int:
     """Optimiser steps that `learn_weights` will take."""
     return config.num_epochs * -(-num_prompts // config.batch_size)
 
@@ -57,10 +75,12 @@ def learn_weights(
     ranker: Ranker,
     adapters: Sequence[Adapter],
     prompts: Sequence[UnlabeledPrompt],
-    config: MergeConfig,
+    config: LearnedMix,
     seed: int,
     *,
     with_prior: bool = False,
+    micro_batch_size: int | None = None,
+    calibration: CalibratedScore | None = None,
 ) -> Iterator[WeightingStep]:
     """Lower the mean prediction entropy step by step; the last yield holds the result.
 
@@ -70,7 +90,9 @@ def learn_weights(
         prompts: of users that are never scored.
         config: epochs, batch size and its parts, learning rate, temperature.
         seed: order of the prompts.
-        with_prior: take the entropy of the likelihood with the prior inside the trie.
+        with_prior: take the likelihood with the prior inside the trie.
+        micro_batch_size: prompts whose gradients are held at once; changes memory, not the result.
+        calibration: weights and prior of `score: calibrated`.
 
     Raises:
         ValueError: there are no prompts.
@@ -87,7 +109,7 @@ def learn_weights(
     batches = []
     for start in range(0, len(order), config.batch_size):
         chosen = [prompts[int(i)] for i in order[start : start + config.batch_size]]
-        size = config.micro_batch_size or len(chosen)
+        size = micro_batch_size or len(chosen)
         batches.append(
             [
                 ranker.prepare(
@@ -104,12 +126,14 @@ def learn_weights(
         for parts in batches:
             num_prompts = sum(len(part.num_candidates) for part in parts)
             mean_entropy = 0.0
+            found: list[Tensor] = []
             optimizer.zero_grad(set_to_none=True)
             for part in parts:
                 # Anew for every part: its backward pass frees the graph that led here.
                 weights = torch.softmax(logits / config.temperature, dim=-1)  # (L, K)
                 with ranker.lm.using(mix.with_weights(weights)), torch.enable_grad():
                     scores = ranker.score(part)
+                    found += [torch.log_softmax(score[row].detach(), dim=-1) for score in scores]
                     loss = torch.stack([entropy(score[row]) for score in scores]).sum()
                     loss = loss / num_prompts
                     loss.backward()
@@ -118,5 +142,12 @@ def learn_weights(
             with torch.no_grad():
                 learned = torch.softmax(logits / config.temperature, dim=-1).cpu()
             rows = learned.double().tolist()
-            yield WeightingStep(step, mean_entropy, dict(zip(mix.modules, rows, strict=True)))
+            yield WeightingStep(
+                step,
+                mean_entropy,
+                dict(zip(mix.modules, rows, strict=True)),
+                mean_entropy,
+                float(entropy(torch.stack(found).exp().mean(dim=0).log())),
+                num_prompts,
+            )
             step += 1

@@ -16,7 +16,7 @@ from rc_ray.core.model import AdapterMix, LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.weighting import UnlabeledPrompt, entropy, learn_weights, num_weighting_steps
-from rc_ray.merge_config import MergeConfig
+from rc_ray.merge_config import LearnedMix
 from tests.core.test_model import random_adapter
 from tests.tiny import ADJECTIVES, NOUNS, make_model
 
@@ -58,7 +58,7 @@ def test_entropy_worked_by_hand() -> None:
 
 def test_entropy_falls_and_rows_are_weights(ranker: Ranker) -> None:
     adapters = [random_adapter(1), scaled(random_adapter(2), 2.0)]
-    config = MergeConfig(num_epochs=15, batch_size=8, learning_rate=0.2)
+    config = LearnedMix(num_epochs=15, batch_size=8, learning_rate=0.2)
     steps = list(learn_weights(ranker, adapters, PROMPTS, config, seed=0))
     assert len(steps) == num_weighting_steps(len(PROMPTS), config) == 15
     assert steps[-1].entropy < steps[0].entropy - 0.05
@@ -70,7 +70,7 @@ def test_entropy_falls_and_rows_are_weights(ranker: Ranker) -> None:
 
 def test_first_entropy_is_that_of_the_uniform_mix(lm: LanguageModel, ranker: Ranker) -> None:
     adapters = [random_adapter(1), random_adapter(2)]
-    config = MergeConfig(num_epochs=1, batch_size=8)
+    config = LearnedMix(num_epochs=1, batch_size=8)
     (step,) = learn_weights(ranker, adapters, PROMPTS, config, seed=0)
     # The uniform mix as one adapter, folded: an independent path to the same number.
     half = Adapter(
@@ -90,7 +90,7 @@ def test_first_entropy_is_that_of_the_uniform_mix(lm: LanguageModel, ranker: Ran
 def test_one_step_follows_the_measured_slope(lm: LanguageModel, ranker: Ranker) -> None:
     """Adam's first step is the sign of the gradient: checked by finite differences."""
     adapters = [random_adapter(1), random_adapter(2)]
-    config = MergeConfig(num_epochs=1, batch_size=8, learning_rate=0.01)
+    config = LearnedMix(num_epochs=1, batch_size=8, learning_rate=0.01)
     (step,) = learn_weights(ranker, adapters, PROMPTS, config, seed=0)
     mix = AdapterMix(adapters)
     checked = 0
@@ -112,10 +112,11 @@ def test_one_step_follows_the_measured_slope(lm: LanguageModel, ranker: Ranker) 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_a_step_in_parts_is_the_whole_step(ranker: Ranker, micro_batch_size: int) -> None:
     adapters = [random_adapter(1), scaled(random_adapter(2), 2.0)]
-    config = MergeConfig(num_epochs=3, batch_size=5)  # 8 prompts: the last batch holds 3
+    config = LearnedMix(num_epochs=3, batch_size=5)  # 8 prompts: the last batch holds 3
     expected = list(learn_weights(ranker, adapters, PROMPTS, config, seed=0))
-    parts = config.model_copy(update={"micro_batch_size": micro_batch_size})
-    got = list(learn_weights(ranker, adapters, PROMPTS, parts, seed=0))
+    got = list(
+        learn_weights(ranker, adapters, PROMPTS, config, seed=0, micro_batch_size=micro_batch_size)
+    )
     assert [step.entropy for step in got] == pytest.approx(
         [step.entropy for step in expected], abs=1e-5
     )
@@ -127,7 +128,7 @@ def test_a_step_in_parts_is_the_whole_step(ranker: Ranker, micro_batch_size: int
 
 def test_equal_adapters_merge_to_themselves(lm: LanguageModel, ranker: Ranker) -> None:
     adapters = [random_adapter(1), random_adapter(1)]
-    config = MergeConfig(num_epochs=2, batch_size=8, learning_rate=0.5)
+    config = LearnedMix(num_epochs=2, batch_size=8, learning_rate=0.5)
     *_, last = learn_weights(ranker, adapters, PROMPTS, config, seed=0)
     with lm.folded(concatenate(adapters, last.weights)):
         mixed = mean_entropy(ranker)
@@ -137,4 +138,4 @@ def test_equal_adapters_merge_to_themselves(lm: LanguageModel, ranker: Ranker) -
 
 def test_no_prompts_is_refused(ranker: Ranker) -> None:
     with pytest.raises(ValueError, match="needs unlabeled prompts"):
-        next(learn_weights(ranker, [random_adapter(1)], [], MergeConfig(), seed=0))
+        next(learn_weights(ranker, [random_adapter(1)], [], LearnedMix(), seed=0))
