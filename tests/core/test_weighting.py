@@ -13,9 +13,11 @@ from rc_ray.core.adapters import Adapter, LoraPair
 from rc_ray.core.loading import load_language_model
 from rc_ray.core.merging import concatenate
 from rc_ray.core.model import AdapterMix, LanguageModel
+from rc_ray.core.objectives import entropy
+from rc_ray.core.predictions import UnlabeledPrompt
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
-from rc_ray.core.weighting import UnlabeledPrompt, entropy, learn_weights, num_weighting_steps
+from rc_ray.core.weighting import learn_weights, num_weighting_steps
 from rc_ray.merge_config import LearnedMix
 from tests.core.test_model import random_adapter
 from tests.tiny import ADJECTIVES, NOUNS, make_model
