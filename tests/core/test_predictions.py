@@ -68,6 +68,14 @@ def test_over_the_catalogue_it_is_the_tries_distribution(ranker: Ranker, with_pr
         assert float(log_p.exp().sum()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_titles_of_the_history_come_out_at_minus_infinity(ranker: Ranker) -> None:
+    """Also below a node whose children are all taken: `Red La` has no title left."""
+    (found,) = ranker.log_likelihoods([HISTORIES[0]], [range(len(DOUBLED))])
+    taken = {item for item, title in enumerate(DOUBLED) if title in HISTORIES[0]}
+    assert set(torch.isneginf(found).nonzero().flatten().tolist()) == taken
+    assert not found.isnan().any()
+
+
 @pytest.mark.parametrize("over_catalogue", [False, True])
 def test_calibrated_is_the_plain_formula(ranker: Ranker, over_catalogue: bool) -> None:
     score = calibration(ranker)
