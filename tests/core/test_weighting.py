@@ -379,3 +379,31 @@ def test_settings_that_do_not_fit_are_refused(
     config = LearnedMix.model_validate(settings)
     with pytest.raises(ValueError, match=message):
         next(learn_weights(other, [random_adapter(1)], PROMPTS, config, seed=0))
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2], KINDS[4]], ids=name_of)
+def test_layers_below_the_first_adapted_one_are_shared(
+    ranker: Ranker, kind: dict[str, object]
+) -> None:
+    """Adapters that do nothing in the first layer, or are not there: one of both shares it."""
+    lower = [random_adapter(seed) for seed in (1, 2)]
+    upper = [
+        Adapter({n: pair for n, pair in adapter.modules.items() if ".layers.1." in n})
+        for adapter in lower
+    ]
+    idle = [
+        Adapter(
+            {
+                n: pair if n in above.modules else replace(pair, b=torch.zeros_like(pair.b))
+                for n, pair in adapter.modules.items()
+            }
+        )
+        for adapter, above in zip(lower, upper, strict=True)
+    ]
+    config = LearnedMix.model_validate({"num_epochs": 2, "batch_size": 5, **kind})
+    shared, whole = (learn(ranker, adapters, CLICKS, config) for adapters in (upper, idle))
+    for one, other in zip(shared, whole, strict=True):
+        assert one.objective == pytest.approx(other.objective, abs=1e-4)
+        for name, row in one.weights.items():
+            assert row == pytest.approx(other.weights[name], abs=2e-3)
+    assert any(abs(row[0] - 0.5) > 0.05 for row in shared[-1].weights.values())
