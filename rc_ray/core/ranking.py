@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rc_ray.core.model import LanguageModel
+from rc_ray.core.packed_attention import install_packed_attention
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.trie import CatalogueTrie, Taken, TreeLayout
 
@@ -101,6 +102,7 @@ class Ranker:
         max_titles: int = 15,
         tokens_per_batch: int = 4096,
     ) -> None:
+        install_packed_attention(lm.model)  # for its attention in fp32 where that is faster
         self.lm = lm
         self.domain = domain
         self.titles = list(titles)

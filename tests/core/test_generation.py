@@ -72,7 +72,7 @@ def test_entropy_and_slopes_are_those_of_token_by_token(
         texts = [ranker.prompt_tokens(p.history, p.candidates) for p in PROMPTS[:3]]
         loss = torch.stack([token_by_token(ranker, text, 4)[1].mean() for text in texts]).mean()
         loss.backward()
-    assert outcome.entropy == pytest.approx(float(loss), abs=1e-4)
+    assert outcome.entropy == pytest.approx(loss.item(), abs=1e-4)
     assert acting.grad is not None
     assert reference.grad is not None
     torch.testing.assert_close(acting.grad, reference.grad, atol=1e-4, rtol=1e-3)
