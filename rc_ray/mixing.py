@@ -83,6 +83,7 @@ def _mix(order: dict[str, Any]) -> dict[str, Any]:
             config,
             order["seed"],
             with_prior=order["config"]["with_prior"],
+            micro_batch_size=config.micro_batch_size,
         ):
             curve.append({"step": step.step, "entropy": step.entropy, "num_steps": num_steps})
             log.write(json.dumps(curve[-1]) + "\n")

@@ -17,12 +17,17 @@ import torch
 from torch import Tensor
 
 from rc_ray.core.model import LanguageModel
+from rc_ray.core.packed_attention import install_packed_attention
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.trie import CatalogueTrie, Taken, TreeLayout
 
 MAX_TREE_NODES = 1024
 """Longer candidate lists are scored in several rows, since attention grows with the square."""
 
+FULL_PASS = 512
+"""Tokens that keep any CPU busy."""
+_MAX_STRETCH = 1.2
+"""The longest row over the shortest of a pass that is full: as much is padding at most."""
 
 WITH_PRIOR = 1
 """Row of a score that holds the prior inside the trie; row 0 is the LLM alone."""
@@ -97,6 +102,7 @@ class Ranker:
         max_titles: int = 15,
         tokens_per_batch: int = 4096,
     ) -> None:
+        install_packed_attention(lm.model)  # for its attention in fp32 where that is faster
         self.lm = lm
         self.domain = domain
         self.titles = list(titles)
@@ -235,11 +241,17 @@ class Ranker:
     def _groups(self, rows: list[_Row]) -> list[list[_Row]]:
         """Rows of like length together, padded to at most `tokens_per_batch` tokens."""
         groups: list[list[_Row]] = []
+        # Padding costs a busy processor as much as tokens do; a GPU gains more by fewer passes.
+        is_cpu = self.lm.device.type == "cpu"
         for row in sorted(rows, key=lambda row: row.length):
-            if groups and row.length * (len(groups[-1]) + 1) <= self.tokens_per_batch:
-                groups[-1].append(row)
-            else:
+            group = groups[-1] if groups else []
+            is_full = row.length * (len(group) + 1) > self.tokens_per_batch
+            if group and is_cpu and group[-1].length * len(group) >= FULL_PASS:
+                is_full |= row.length > _MAX_STRETCH * group[0].length
+            if not group or is_full:
                 groups.append([row])
+            else:
+                group.append(row)
         return groups
 
     def _pack(self, rows: list[_Row], shared_layers: int) -> _PackedRows:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rc_ray.core.frontier import BranchTree, Floats, Frontier
 from rc_ray.core.kv_cache import KeyValueCache
-from rc_ray.core.ranking import WITH_PRIOR, Ranker, calibrated
+from rc_ray.core.ranking import FULL_PASS, WITH_PRIOR, Ranker, calibrated
 from rc_ray.core.trie import CatalogueTrie, Taken
 
 EXACT_NODES = 128
@@ -32,8 +32,6 @@ TOKENS_PER_STEP = {"cpu": 64, "cuda": 2048}
 in vain, since what the others told would have spared them."""
 USERS_PER_CALL = 64
 """Users whose requests are packed at a time where a catalogue is read whole."""
-FULL_PASS = 512
-"""Tokens that keep any CPU busy."""
 MIN_WIDTH, MAX_WIDTH = 4, 64
 """Trie tokens per user and pass."""
 

@@ -289,8 +289,10 @@ class CatalogueTrie:
         values = values.masked_fill(items <= 0, -torch.inf)
         peak = torch.full_like(starts, -torch.inf, dtype=values.dtype)
         peak = peak.scatter_reduce(0, visit, values.detach(), reduce="amax")
+        spent = peak == -torch.inf  # all children are taken: they stay at minus infinity
+        peak = peak.masked_fill(spent, 0.0)
         total = torch.zeros_like(peak).index_add(0, visit, (values - peak[visit]).exp())
-        return values - (total.log() + peak)[visit]
+        return values - (total.masked_fill(spent, 1.0).log() + peak)[visit]
 
     def decision_log_probs(
         self,

@@ -1,11 +1,11 @@
-"""Label-free merge weights: per linear layer, the mixture that makes predictions least uncertain.
+"""Weights of adapters, learned by gradient: mostly without labels, on prompts of the domain.
 
-RecCocktail (arXiv 2502.08271) after AdaMerging (arXiv 2310.02575): `lambda[l] = softmax(w[l] / T)`,
-w starts equal, and Adam lowers the mean entropy of the predictions on unlabeled prompts. Here the
-prediction is the trie likelihood of the prompt's candidates, normalised over them: one pass per
-prompt, no generation.
+After AdaMerging (arXiv 2310.02575) and RecCocktail (arXiv 2502.08271): a few numbers set the weight
+of every adapter in every linear layer (core/parametrisation.py), start at the uniform mix, and an
+optimiser lowers an objective of the mix's predictions (core/objectives.py). The model is frozen:
+one forward and one backward pass per prompt, in which nothing but activations has a gradient.
 
-Letters: L adapted linear layers, K adapters, C candidates.
+Letters: L adapted linear layers, G groups of them, K adapters, O options of a prompt.
 """
 
 from __future__ import annotations
@@ -17,39 +17,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rc_ray.core import objectives
 from rc_ray.core.adapters import Adapter, first_adapted_layer
+from rc_ray.core.generation import GeneratedBatch
 from rc_ray.core.model import AdapterMix
-from rc_ray.core.ranking import WITH_PRIOR, Ranker
-from rc_ray.merge_config import MergeConfig
+from rc_ray.core.objectives import Outcome
+from rc_ray.core.parametrisation import Parametrisation
+from rc_ray.core.predictions import CalibratedScore, Predictions, PromptBatch, UnlabeledPrompt
+from rc_ray.core.ranking import Ranker
+from rc_ray.merge_config import LearnedMix, SearchedMix
 
-
-@dataclass(frozen=True)
-class UnlabeledPrompt:
-    """A history and a candidate list; nobody says which candidate was chosen."""
-
-    history: tuple[str, ...]
-    candidates: tuple[int, ...]
+__all__ = [
+    "CalibratedScore",
+    "UnlabeledPrompt",
+    "WeightingStep",
+    "learn_weights",
+    "num_weighting_steps",
+]
 
 
 @dataclass(frozen=True)
 class WeightingStep:
-    """State after one optimiser step."""
+    """One step of the optimiser: the batch before it, the weights after it."""
 
     step: int
     entropy: float
-    """Mean entropy of the batch before the step, in nats; at most log C."""
+    """Mean entropy of the batch's predictions, in nats."""
     weights: dict[str, list[float]]
-    """Layer name -> K weights after the step; they sum to 1."""
+    """Layer name -> K weights."""
+    objective: float
+    """What is lowered, its regulariser included."""
+    mean_prediction_entropy: float
+    """Entropy of the batch's mean prediction, in nats; a collapse lowers it."""
+    num_reliable: int
+    """Prompts of the batch that counted."""
 
 
-def entropy(log_likelihood: Tensor) -> Tensor:
-    """Entropy in nats of log-likelihoods (C,) normalised over the candidates: scalar."""
-    log_p = torch.log_softmax(log_likelihood, dim=-1)
-    return -(log_p.exp() * log_p).sum()
-
-
-def num_weighting_steps(num_prompts: int, config: MergeConfig) -> int:
-    """Optimiser steps that `learn_weights` will take."""
+def num_weighting_steps(num_prompts: int, config: LearnedMix | SearchedMix) -> int:
+    """Steps that `learn_weights`, or evaluations that `search_weights`, will yield."""
+    if isinstance(config, SearchedMix):
+        return config.num_evaluations
     return config.num_epochs * -(-num_prompts // config.batch_size)
 
 
@@ -57,66 +64,157 @@ def learn_weights(
     ranker: Ranker,
     adapters: Sequence[Adapter],
     prompts: Sequence[UnlabeledPrompt],
-    config: MergeConfig,
+    config: LearnedMix,
     seed: int,
     *,
     with_prior: bool = False,
+    micro_batch_size: int | None = None,
+    calibration: CalibratedScore | None = None,
 ) -> Iterator[WeightingStep]:
-    """Lower the mean prediction entropy step by step; the last yield holds the result.
+    """Lower the objective step by step; the last yield holds the result.
 
     Args:
         ranker: of the target domain; its base LLM carries no other adapter meanwhile.
-        adapters: spirit and ingredient, or any K.
-        prompts: of users that are never scored.
-        config: epochs, batch size and its parts, learning rate, temperature.
+        adapters: spirit and ingredient, or any K of one or more.
+        prompts: of users that are never scored, or `pseudo_users` for `distillation`.
+        config: all but `prompts_of`, `num_prompts` and `max_titles`, by which prompts and ranker
+            were made.
         seed: order of the prompts.
-        with_prior: take the entropy of the likelihood with the prior inside the trie.
+        with_prior: take the likelihood with the prior inside the trie.
+        micro_batch_size: prompts whose gradients are held at once; changes memory, not the result.
+        calibration: weights and prior of `score: calibrated`.
 
     Raises:
-        ValueError: there are no prompts.
+        ValueError: there are no prompts, or the settings do not fit each other or the prompts; the
+            message names the field.
     """
-    if not prompts:
-        raise ValueError("the merge needs unlabeled prompts; the domain has none")
+    _check(ranker, prompts, config, calibration)
     mix = AdapterMix(adapters)
-    logits = torch.zeros(len(mix.modules), len(adapters), device=ranker.lm.device)
-    logits.requires_grad_(True)
-    optimizer = torch.optim.Adam([logits], lr=config.learning_rate)
-    # Layers below the first adapted one do not depend on the weights: run once, not every epoch.
-    shared_layers = first_adapted_layer(adapters)
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    batches = []
-    for start in range(0, len(order), config.batch_size):
-        chosen = [prompts[int(i)] for i in order[start : start + config.batch_size]]
-        size = config.micro_batch_size or len(chosen)
-        batches.append(
-            [
-                ranker.prepare(
-                    [prompt.history for prompt in chosen[first : first + size]],
-                    [prompt.candidates for prompt in chosen[first : first + size]],
-                    shared_layers=shared_layers,
+    shape = Parametrisation(
+        mix.modules, len(adapters), config.granularity, config.parametrisation, config.temperature
+    )
+    start = shape.start().to(ranker.lm.device)
+    parameters = start.clone().requires_grad_(True)  # (G, K)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.SGD
+    optimizer = kind([parameters], lr=config.learning_rate)
+    order = np.random.default_rng(seed).permutation(len(prompts)).tolist()
+    batches: list[_TitleBatch | GeneratedBatch] = []
+    for first in range(0, len(order), config.batch_size):
+        chosen = [prompts[x] for x in order[first : first + config.batch_size]]
+        if config.objective == "vocabulary_entropy":
+            batches.append(
+                GeneratedBatch(
+                    ranker,
+                    chosen,
+                    num_tokens=config.num_tokens,
+                    micro_batch_size=micro_batch_size,
+                    shared_layers=first_adapted_layer(adapters),
                 )
-                for first in range(0, len(chosen), size)
-            ]
+            )
+            continue
+        packed = PromptBatch(
+            ranker,
+            chosen,
+            over_catalogue=config.over == "catalogue",
+            with_prior=with_prior,
+            calibration=calibration if config.score == "calibrated" else None,
+            micro_batch_size=micro_batch_size,
+            # Layers below the first adapted one do not depend on the weights: run once.
+            shared_layers=first_adapted_layer(adapters),
         )
-    row = WITH_PRIOR if with_prior else 0
+        batches.append(_TitleBatch(ranker, adapters, packed, config))
     step = 0
     for _ in range(config.num_epochs):
-        for parts in batches:
-            num_prompts = sum(len(part.num_candidates) for part in parts)
-            mean_entropy = 0.0
+        for batch in batches:
             optimizer.zero_grad(set_to_none=True)
-            for part in parts:
-                # Anew for every part: its backward pass frees the graph that led here.
-                weights = torch.softmax(logits / config.temperature, dim=-1)  # (L, K)
-                with ranker.lm.using(mix.with_weights(weights)), torch.enable_grad():
-                    scores = ranker.score(part)
-                    loss = torch.stack([entropy(score[row]) for score in scores]).sum()
-                    loss = loss / num_prompts
-                    loss.backward()
-                mean_entropy += loss.item()
+            weights = shape.weights(parameters)  # (L, K)
+            # A leaf of its own: parts of a batch free their graphs before the next one runs.
+            acting = weights.detach().requires_grad_(True)
+            with ranker.lm.using(mix.with_weights(acting)):
+                outcome = batch.backward()
+            pull = config.pull * (parameters - start).square().sum()
+            slopes = torch.zeros_like(acting) if acting.grad is None else acting.grad
+            torch.autograd.backward([weights, pull], [slopes, torch.ones_like(pull)])
             optimizer.step()
             with torch.no_grad():
-                learned = torch.softmax(logits / config.temperature, dim=-1).cpu()
-            rows = learned.double().tolist()
-            yield WeightingStep(step, mean_entropy, dict(zip(mix.modules, rows, strict=True)))
+                rows = shape.weights(parameters).double().tolist()
+            yield WeightingStep(
+                step=step,
+                entropy=outcome.entropy,
+                weights=dict(zip(mix.modules, rows, strict=True)),
+                objective=float(outcome.loss.detach() + pull.detach()),
+                mean_prediction_entropy=outcome.mean_prediction_entropy,
+                num_reliable=outcome.num_reliable,
+            )
             step += 1
+
+
+class _TitleBatch:
+    """Prompts of one step with an objective of predictions over titles."""
+
+    def __init__(
+        self,
+        ranker: Ranker,
+        adapters: Sequence[Adapter],
+        packed: PromptBatch,
+        config: LearnedMix,
+    ) -> None:
+        self._packed = packed
+        self._config = config
+        self._anchors: list[Tensor] = []
+        if config.objective in ("anchored", "distillation"):
+            single = []
+            for adapter in adapters:
+                with ranker.lm.using(AdapterMix([adapter])):
+                    single.append(packed.predict().log_p)
+            self._anchors = [torch.stack(own) for own in zip(*single, strict=True)]  # (K, O) each
+
+    def backward(self) -> Outcome:
+        return self._packed.backward(self._loss, is_mean=self._config.objective != "anchored")
+
+    def _loss(self, found: Predictions) -> Outcome:
+        config, log_p = self._config, found.log_p
+        mean = objectives.mean_entropy(log_p)
+        spread = objectives.mean_prediction_entropy(log_p, found.places, self._packed.num_places)
+        num_reliable = len(log_p)
+        if config.objective == "entropy":
+            loss = mean
+        elif config.objective == "clicks":
+            loss = objectives.clicks(log_p, self._packed.target_indices(found))
+        elif config.objective == "distillation":
+            loss = objectives.distillation(log_p, [self._anchors[x] for x in found.prompts])
+        else:
+            loss, num_reliable = objectives.anchored(
+                log_p,
+                [self._anchors[x] for x in found.prompts],
+                spread,
+                divergence_weight=config.divergence_weight,
+                spread_weight=config.spread_weight,
+                max_entropy_share=config.max_entropy_share,
+            )
+        return Outcome(loss, float(mean.detach()), float(spread.detach()), num_reliable)
+
+
+def _check(
+    ranker: Ranker,
+    prompts: Sequence[UnlabeledPrompt],
+    config: LearnedMix,
+    calibration: CalibratedScore | None,
+) -> None:
+    if not prompts:
+        raise ValueError("the merge needs unlabeled prompts; the domain has none")
+    if config.objective == "clicks" and any(prompt.target is None for prompt in prompts):
+        raise ValueError("`objective: clicks` needs prompts whose next item is known")
+    if config.objective == "vocabulary_entropy":
+        if config.over != "candidates" or config.score != "likelihood":
+            raise ValueError(
+                "`objective: vocabulary_entropy` is of the LLM's own tokens; leave out `over` and "
+                "`score`"
+            )
+    elif config.over == "catalogue" and ranker.renderer.style == "instruct":
+        raise ValueError(
+            "`over: catalogue` does not go with `style: instruct`, which lists the candidates in "
+            "the prompt; use `over: candidates`"
+        )
+    if config.score == "calibrated" and calibration is None:
+        raise ValueError("`score: calibrated` needs the weights of the score's two corrections")

@@ -273,3 +273,23 @@ def test_texts_of_any_length_attend_causally_to_themselves_in_bf16() -> None:
     found.sum().backward()
     assert query.grad is not None
     assert query.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("length", [40, 500])
+def test_rows_under_a_mask_attend_as_it_says_in_bf16(length: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, length, 8, dtype=torch.bfloat16) for heads in (2, 1, 1)
+    )
+    seen = torch.rand(2, 1, length, length) < 0.3
+    seen |= torch.eye(length, dtype=torch.bool)
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 2, True
+    q, k, v = (x.double() for x in (query, key, value))
+    scores = (0.25 * q @ k.transpose(2, 3)).masked_fill(~seen, -torch.inf)
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)  # (B, T, A, D)
+    masks = (seen, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf).bfloat16())
+    for mask in masks:
+        found, _ = packed_attention(layer, query, key, value, mask, scaling=0.25)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)

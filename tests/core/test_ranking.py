@@ -172,3 +172,22 @@ def test_layers_that_adapters_leave_alone_are_run_once(
         shared = ranker.score(ranker.prepare(HISTORIES, CANDIDATES, shared_layers=shared_layers))
     for a, b in zip(whole, shared, strict=True):
         assert a.numpy() == pytest.approx(b.numpy(), abs=1e-4)
+
+
+def test_long_requests_do_not_pad_a_full_pass_of_short_ones(lm: LanguageModel) -> None:
+    ranker = Ranker(lm, "tools", TITLES, NUM_TRAIN, PromptRenderer(lm.tokenizer))
+    histories = [TITLES[i : i + length] for i in range(14) for length in (1, 9)]
+    lists = [list(range(i, i + 5)) for i in range(len(histories))]
+    prepared = ranker.prepare(histories, lists)
+    lengths = [[row.length for row in batch.rows] for batch in prepared.batches]
+    assert len(lengths) > 1
+    padded = sum(max(rows) * len(rows) for rows in lengths)
+    assert padded < 1.2 * sum(map(sum, lengths))
+    assert 28 * max(map(max, lengths)) > 1.3 * padded  # what a single pass would read
+    with torch.no_grad():
+        found = ranker.score(prepared)
+        for scores, history, items in zip(found, histories, lists, strict=True):
+            (alone,) = ranker.score(ranker.prepare([history], [items]))
+            torch.testing.assert_close(scores, alone, atol=1e-4, rtol=0)
+    # A few short rows leave a processor idle: they run with longer ones.
+    assert len(ranker.prepare(histories[:4], lists[:4]).batches) == 1
