@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("kind", ["elastic"])
+@pytest.mark.parametrize("kind", ["elastic", "fixed"])
 def test_a_run_outlives_the_loss_of_a_node(make_run, kind: str) -> None:
-    # It goes on with one worker.
+    # Elastic, it goes on with one worker; fixed, with two again once another node has come.
     experiment = make_run(
         "train.num_steps=200",
         "train.batch_size=5" if kind == "elastic" else "train.batch_size=4",
