@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,40 @@ from rc_ray.errors import ArtifactError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
+_FOREIGN_FIELDS = {
+    "use_dora": "DoRA scales the columns of base and update together",
+    "lora_bias": "the update has a bias",
+    "bias": "biases of the base were trained",
+    "modules_to_save": "whole modules were trained",
+    "trainable_token_indices": "rows of the embedding were trained",
+    "target_parameters": "parameters outside linear layers are adapted",
+    "layer_replication": "it is for a base with repeated layers",
+    "alora_invocation_tokens": "aLoRA acts after its invocation tokens only",
+    "arrow_config": "Arrow routes between adapters",
+    "kasa_config": "KaSA alters the base's weights",
+    "monteclora_config": "MonteCLoRA samples around the update",
+    "use_bdlora": "BD-LoRA stores block-diagonal matrices",
+    "use_qalora": "QALoRA pools the input",
+}
+"""Fields of `LoraConfig` under which a LoRA is more or other than `scale * b @ a`."""
+_ALTERING_STARTS = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "lora_ga": "LoRA-GA",
+    "loftq": "LoftQ",
+}
+"""Values of `init_lora_weights` that take a part out of the base's weights."""
+_CONVERSION = dict.fromkeys(
+    ("pissa", "olora", "corda", "lora_ga"),
+    "save it anew by PEFT's `save_pretrained(path_initial_model_for_weight_conversion=...)`",
+)
+_FOREIGN_TENSORS = {
+    "lora_embedding_": "a LoRA of an embedding",
+    "lora_magnitude_vector": "DoRA's magnitudes",
+    "lora_B.bias": "a bias of the update",
+    "trainable_tokens": "trained rows of an embedding",
+}
 
 
 @dataclass(frozen=True)
@@ -140,7 +174,8 @@ def load_adapter(folder: Path, base_name: str | None = None) -> Adapter:
 
     Raises:
         ArtifactError: files are missing or damaged, the adapter is of a kind that is not a plain
-            low-rank update (DoRA, biases, fully trained modules), or of another base.
+            low-rank update of the base's linear layers (DoRA, biases, fully trained modules, PiSSA
+            and whatever else alters the base), or of another base.
     """
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -154,7 +189,7 @@ def load_adapter(folder: Path, base_name: str | None = None) -> Adapter:
             f"{folder / ADAPTER_WEIGHTS}: damaged or cut short ({first_line(error)}); "
             "run the stage that wrote it again with --force"
         ) from None
-    _refuse_foreign(config, folder)
+    _refuse_foreign(config, tensors, folder / ADAPTER_CONFIG)
     trained_on = config.get("base_model_name_or_path")
     if base_name is not None and trained_on != base_name:
         raise ArtifactError(
@@ -168,11 +203,21 @@ def load_adapter(folder: Path, base_name: str | None = None) -> Adapter:
         if b is None or a.shape[0] != b.shape[1]:
             raise ArtifactError(f"{folder / ADAPTER_WEIGHTS}: {name} has no matching lora_B")
         rank = int(a.shape[0])
-        alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+        stated = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
+        if stated != rank:
+            raise ArtifactError(
+                f"{folder}: layer {name} has rank {rank}, {ADAPTER_CONFIG} says {stated}; "
+                "its scale is unknown"
+            )
+        alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         modules[name] = LoraPair(a=a.float(), b=b.float(), scale=float(scale))
+    other = sorted(key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight")))
     if not modules or len(tensors) != 2 * len(modules):
-        raise ArtifactError(f"{folder / ADAPTER_WEIGHTS}: holds more or other than LoRA matrices")
+        raise ArtifactError(
+            f"{folder / ADAPTER_WEIGHTS}: holds more or other than LoRA matrices"
+            + (f": {other[0]}" if other else "")
+        )
     return Adapter(modules)
 
 
@@ -189,22 +234,38 @@ def check_adapter(adapter: Adapter, folder: Path) -> None:
             raise ArtifactError(f"{folder}: layer {name} holds values that are not finite")
 
 
-def _refuse_foreign(config: Mapping[str, Any], folder: Path) -> None:
-    path = folder / ADAPTER_CONFIG
-    if config.get("peft_type") != "LORA":
-        raise ArtifactError(f"{path}: peft_type is {config.get('peft_type')}, expected LORA")
-    refused = {
-        "use_dora": config.get("use_dora"),
-        "lora_bias": config.get("lora_bias"),
-        "bias": config.get("bias", "none") != "none",
-        "modules_to_save": config.get("modules_to_save"),
-        "fan_in_fan_out": config.get("fan_in_fan_out"),
-    }
-    for field, present in refused.items():
-        if present:
+def _refuse_foreign(config: Mapping[str, Any], keys: Iterable[str], path: Path) -> None:
+    """Refuse by name whatever is not the update `scale * b @ a` of linear layers of the base.
+
+    Starts that leave the base's weights alone (Gaussian, orthogonal, EVA, MiCA) are plain LoRAs,
+    and so are VeLoRA, which changes the backward pass only, and `fan_in_fan_out`, which says how
+    the base stores its weights.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ArtifactError(
+            f"{path}: peft_type is {kind}, expected LORA; `peft.save_as_lora` turns some others "
+            "into one, with an error"
+        )
+    for field, what in _FOREIGN_FIELDS.items():
+        if config.get(field) not in (None, False, "none", [], {}):
             raise ArtifactError(
-                f"{path}: `{field}` is set; only plain low-rank updates can be mixed"
+                f"{path}: `{field}` is set ({what}); only plain low-rank updates can be mixed"
             )
+    start = str(config.get("init_lora_weights", True)).lower()
+    for prefix, name in _ALTERING_STARTS.items():
+        if start.startswith(prefix):
+            raise ArtifactError(
+                f"{path}: `init_lora_weights` is {start}: {name} alters the base's weights, and "
+                f"this adapter fits those only; {_CONVERSION.get(prefix, 'train a plain LoRA')}"
+            )
+    for key in keys:
+        for part, what in _FOREIGN_TENSORS.items():
+            if part in key:
+                raise ArtifactError(
+                    f"{path.with_name(ADAPTER_WEIGHTS)}: holds {key} ({what}); only plain low-rank "
+                    "updates of linear layers can be mixed"
+                )
 
 
 def _pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:

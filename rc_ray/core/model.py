@@ -323,7 +323,7 @@ def with_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftMode
     return peft_model
 
 
-def _linears(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
+def _linears(model: PreTrainedModel, names: Sequence[str]) -> dict[str, nn.Linear]:
     modules = dict(model.named_modules())
     found = {}
     for name in names:
@@ -331,6 +331,12 @@ def _linears(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
         if not isinstance(module, nn.Linear):
             raise ArtifactError(
                 f"the adapter is for another model: there is no linear layer {name}"
+            )
+        if module is model.get_output_embeddings():
+            # Its rows are read as they are, and it may share its weights with the embedding.
+            raise ArtifactError(
+                f"the adapter changes the output projection {name}, which ranking reads without "
+                "adapters; train one that leaves it alone"
             )
         found[name] = module
     return found
