@@ -19,7 +19,10 @@ from typer.testing import CliRunner
 from rc_ray.artifacts import RunFolder
 from rc_ray.cli import app
 from rc_ray.config import Experiment, ServeConfig, load
+from rc_ray.core.adapters import save_adapter
 from rc_ray.data_config import ColumnMap, CsvSource
+from tests.core.test_model import random_adapter
+from tests.tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -101,7 +104,7 @@ def code_spans(text: str) -> Iterator[str]:
 
 
 def test_every_command_is_of_a_kind_that_is_checked_below() -> None:
-    checked = {"rc-ray", "make", "ray", "kubectl", "docker", "curl", "source", "export"}
+    checked = {"rc-ray", "make", "ray", "kubectl", "docker", "curl", "source", "export", "vllm"}
     assert {words[0] for _, words in COMMANDS} == checked
     assert [words for words in of("source")] == [[".venv/bin/activate"]]
 
@@ -184,6 +187,34 @@ def test_curl_asks_what_the_service_answers() -> None:
     assert bodies
     for body in blocks("json"):
         RankResponse.model_validate_json(body)
+
+
+def test_vllm_is_given_the_paper_runs_cocktails_and_their_rank() -> None:
+    paper = load(ROOT / "jobs/paper.yaml")
+    ((base, *options),) = of("vllm", "serve")
+    assert base == paper.model.path
+    modules = options[options.index("--lora-modules") + 1 :]
+    assert len(modules) > 1
+    for module in modules:
+        domain, _, path = module.partition("=")
+        assert domain in paper.data.ingredients
+        assert path == str(RunFolder(paper.run_dir).cocktail_dir(domain))
+    rank = paper.train.lora.rank + paper.tune.lora.rank
+    assert options[options.index("--max-lora-rank") + 1] == str(rank)
+
+
+def test_plain_peft_loads_an_adapter_as_written(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path / "model")
+    save_adapter(tmp_path / "adapter", random_adapter(1), "tiny")
+    (code,) = blocks("python")
+    paper = load(ROOT / "jobs/paper.yaml")
+    cocktail_dir = str(RunFolder(paper.run_dir).cocktail_dir("beauty"))
+    for there, here in ((paper.model.path, model_dir), (cocktail_dir, tmp_path / "adapter")):
+        assert f'"{there}"' in code
+        code = code.replace(there, str(here))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["model"].peft_config["default"].r == 3
 
 
 def test_variables_are_those_that_the_code_reads() -> None:

@@ -25,7 +25,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _FOREIGN_FIELDS = {
-    "use_dora": "DoRA scales the columns of base and update together",
+    "use_dora": "DoRA normalises base and update together",
     "lora_bias": "the update has a bias",
     "bias": "biases of the base were trained",
     "modules_to_save": "whole modules were trained",
@@ -58,6 +58,8 @@ _FOREIGN_TENSORS = {
     "lora_B.bias": "a bias of the update",
     "trainable_tokens": "trained rows of an embedding",
 }
+_VELORA = ".lora_velora_"
+"""In the names of what VeLoRA's backward pass keeps; its forward pass is a plain LoRA's."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def load_adapter(folder: Path, base_name: str | None = None) -> Adapter:
     """
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
+        stored = load_file(folder / ADAPTER_WEIGHTS)
     except FileNotFoundError as error:
         raise ArtifactError(f"{error.filename or folder}: missing; no adapter here") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -189,6 +191,7 @@ def load_adapter(folder: Path, base_name: str | None = None) -> Adapter:
             f"{folder / ADAPTER_WEIGHTS}: damaged or cut short ({first_line(error)}); "
             "run the stage that wrote it again with --force"
         ) from None
+    tensors = {key: tensor for key, tensor in stored.items() if _VELORA not in key}
     _refuse_foreign(config, tensors, folder / ADAPTER_CONFIG)
     trained_on = config.get("base_model_name_or_path")
     if base_name is not None and trained_on != base_name:
@@ -238,8 +241,7 @@ def _refuse_foreign(config: Mapping[str, Any], keys: Iterable[str], path: Path) 
     """Refuse by name whatever is not the update `scale * b @ a` of linear layers of the base.
 
     Starts that leave the base's weights alone (Gaussian, orthogonal, EVA, MiCA) are plain LoRAs,
-    and so are VeLoRA, which changes the backward pass only, and `fan_in_fan_out`, which says how
-    the base stores its weights.
+    and so is one with `fan_in_fan_out`, which says how the base stores its weights.
     """
     kind = config.get("peft_type")
     if kind != "LORA":

@@ -1,4 +1,4 @@
-"""A linear layer with its LoRA as one autograd function: the training step's inner loop.
+"""A linear layer with its LoRA as one autograd function: the inner loop of training and merging.
 
 PEFT runs a LoRA layer as five operations, each of which writes a tensor as large as the layer's
 output and keeps some of them for the backward pass. Here the LoRA's products are accumulated into
@@ -97,6 +97,63 @@ def lora_linear(
     matrices = [matrix for pair in pairs for matrix in pair]
     output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x, linear.weight, linear.bias, scale, num_tokens, *matrices
+    )
+    return output
+
+
+class _MixedLinear(torch.autograd.Function):
+    """x W^T + bias + ((x A^T) * weights) B^T, differentiable in x and in the weights alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # (N, I)
+        output = nn.functional.linear(flat, weight, bias)  # (N, O)
+        down = flat @ a.T  # (N, R)
+        scaled = down * weights.to(down.dtype)
+        output.addmm_(scaled, b.T)
+        ctx.save_for_backward(weight, a, b, weights, down)
+        ctx.shape = x.shape
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, a, b, weights, down = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])  # (N, O)
+        grad_scaled = grad @ b  # (N, R)
+        grad_weights = (grad_scaled.to(weights.dtype) * down).sum(dim=0)  # (R,)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight  # (N, I)
+            grad_x.addmm_(grad_scaled.mul_(weights.to(grad_scaled.dtype)), a)
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, None, None, None, grad_weights
+
+
+def mixed_linear(x: Tensor, linear: nn.Linear, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """A frozen linear layer and frozen adapters, whose strengths alone are learned.
+
+    Nothing of the input's or the output's size is kept for the backward pass.
+
+    Args:
+        x: (..., I).
+        linear: the base's layer.
+        a: (R, I), the rows of all adapters.
+        b: (O, R), their columns, scales multiplied in.
+        weights: (R,), of each row.
+
+    Returns:
+        (..., O), differentiable in `x` and `weights`.
+    """
+    output: Tensor = _MixedLinear.apply(  # type: ignore[no-untyped-call]
+        x, linear.weight, linear.bias, a, b, weights
     )
     return output
 

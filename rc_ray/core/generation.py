@@ -63,7 +63,7 @@ class GeneratedBatch:
                 rows = [entropy(one).mean() for one in logits]
                 loss = torch.stack(rows).sum() / len(self._texts)
                 loss.backward()
-            total += float(loss)
+            total += loss.item()
             first = torch.stack([one[0].detach().softmax(dim=-1) for one in logits]).sum(dim=0)
             mean_first = mean_first.to(first) + first / len(self._texts)
         spread = float(torch.special.entr(mean_first).sum())

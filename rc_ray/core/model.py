@@ -1,6 +1,6 @@
 """The base LLM: adapters that act on it at run time or folded in, a trainable LoRA.
 
-Any number of adapters act on one shared base through forward hooks.
+Any number of adapters act on one shared base, whose linear layers run theirs while they act.
 
 Letters: B batch, T tokens, H hidden size, R rank, K adapters, L adapted linear layers.
 """
@@ -27,6 +27,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rc_ray.core.adapters import Adapter
+from rc_ray.core.fused_lora import mixed_linear
 from rc_ray.errors import ArtifactError
 from rc_ray.training_config import LoraConfig
 
@@ -73,10 +74,20 @@ class AdapterMix:
 
     def update(self, name: str, x: Tensor) -> Tensor:
         """What the adapters add to the output of linear layer `name`: (..., in) -> (..., out)."""
-        down = x @ self._a[name].T  # (..., sum R)
-        if self.weights is not None:
-            down = down * self.weights[self._row[name]][self._owner[name]].to(down.dtype)
-        return down @ self._b[name].T
+        weights = self._row_weights(name).to(x.dtype)
+        return ((x @ self._a[name].T) * weights) @ self._b[name].T
+
+    def output(self, name: str, linear: nn.Linear, x: Tensor) -> Tensor:
+        """Linear layer `name` with the update added: (..., in) -> (..., out)."""
+        weights = self._row_weights(name)
+        return mixed_linear(x, linear, self._a[name], self._b[name], weights)
+
+    def _row_weights(self, name: str) -> Tensor:
+        """The weight of each row of A: (sum R,)."""
+        owner = self._owner[name]
+        if self.weights is None:
+            return torch.ones(len(owner), device=owner.device)
+        return self.weights[self._row[name]][owner]
 
 
 @dataclass(frozen=True)
@@ -103,19 +114,30 @@ class LanguageModel:
             yield
             return
         mix.to(self.device, self.dtype)
-        linears = _linears(self.model, mix.modules)
-        hooks = []
+        linears: dict[str, Any] = dict(_linears(self.model, mix.modules))
+        replaced = {name: vars(linear).get("forward") for name, linear in linears.items()}
         for name, linear in linears.items():
+            is_plain = type(linear) is nn.Linear and replaced[name] is None
 
-            def add(_: nn.Module, inputs: Any, output: Tensor, name: str = name) -> Tensor:
-                return output + mix.update(name, inputs[0])
+            def forward(
+                x: Tensor,
+                name: str = name,
+                linear: Any = linear,
+                base: Any = None if is_plain else linear.forward,
+            ) -> Tensor:
+                if base is None:
+                    return mix.output(name, linear, x)
+                output: Tensor = base(x) + mix.update(name, x)
+                return output
 
-            hooks.append(linear.register_forward_hook(add))
+            linear.forward = forward
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for name, linear in linears.items():
+                del linear.forward
+                if replaced[name] is not None:
+                    linear.forward = replaced[name]
 
     @contextmanager
     def folded(self, adapter: Adapter | None) -> Iterator[None]:

@@ -63,7 +63,7 @@ def mean_prediction_entropy(
         places: X vectors (O,) of indices below `num_places`.
         num_places: P.
     """
-    total = torch.zeros(num_places, device=log_p[0].device)
+    total = log_p[0].new_zeros(num_places)
     total = total.index_add(0, torch.cat(list(places)), torch.cat(list(log_p)).exp())
     mean = (total / len(log_p)).clamp(min=_SMALLEST)
     return -(mean * mean.log()).sum()

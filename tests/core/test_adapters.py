@@ -90,6 +90,7 @@ def act_alike(folder: Path, target: Path) -> bool:
         {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
         {"target_modules": ["q_proj"], "init_lora_weights": "eva"},
         {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
+        {"target_modules": ["q_proj"], "velora_config": {}},
         {"target_modules": ["q_proj"], "fan_in_fan_out": True},
         {"target_modules": ["q_proj"], "lora_dropout": 0.5},
     ],

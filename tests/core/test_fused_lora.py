@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rc_ray.core.fused_lora import fuse_lora
+from rc_ray.core.fused_lora import fuse_lora, mixed_linear
 
 
 def tiny() -> PeftModel:
@@ -95,3 +95,24 @@ def test_unloading_leaves_the_base_as_it_was() -> None:
     base = model.unload()
     with torch.no_grad():
         torch.testing.assert_close(base(input_ids=tokens).logits, wanted, rtol=0, atol=0)
+
+
+def test_mixed_linear_by_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    for has_bias in (False, True):
+        linear = nn.Linear(5, 4, bias=has_bias).double().requires_grad_(False)
+        a, b = draw(3, 5), draw(4, 3)
+        x, weights = draw(2, 6, 5).requires_grad_(), draw(3).requires_grad_()
+
+        def plain(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return mixed_linear(x, linear, a, b, weights)  # noqa: B023
+
+        folded = linear.weight + b @ torch.diag(weights) @ a
+        expected = nn.functional.linear(x, folded, linear.bias)
+        torch.testing.assert_close(plain(x, weights), expected)
+        assert torch.autograd.gradcheck(plain, (x, weights))
+        assert torch.autograd.gradcheck(lambda w: plain(x.detach(), w), (weights,))  # noqa: B023

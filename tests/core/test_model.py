@@ -123,6 +123,30 @@ def test_concatenation_is_the_weighted_sum_in_plain_peft(
     assert close(live, reference)
 
 
+def test_mixes_add_up_and_leave_nothing_behind(lm: LanguageModel) -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    one, two = random_adapter(1), random_adapter(2)
+    with lm.using(AdapterMix([one, two])):
+        expected = logits(lm)
+    with lm.using(AdapterMix([one])), lm.using(AdapterMix([two])):
+        assert close(logits(lm), expected)
+    linears = [m for m in lm.model.modules() if isinstance(m, torch.nn.Linear)]
+    assert not any("forward" in vars(linear) for linear in linears)
+    # A linear layer with a way of its own keeps it.
+    linear = lm.model.get_submodule("model.layers.0.mlp.down_proj")
+    x = torch.ones(2, 48)
+    plain = linear(x)
+    mix = AdapterMix([one])
+    linear.__class__ = Doubled
+    with lm.using(mix):
+        found = linear(x)
+    linear.__class__ = torch.nn.Linear
+    assert close(found, 2 * plain + mix.update("model.layers.0.mlp.down_proj", x))
+
+
 def test_uniform_weights_cover_layers_of_any_adapter() -> None:
     adapters = [random_adapter(1), random_adapter(2, layers=1)]
     rows = uniform_weights(adapters)

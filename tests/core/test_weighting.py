@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,38 +10,26 @@ import pytest
 import torch
 
 from rc_ray.core.adapters import Adapter, LoraPair
-from rc_ray.core.loading import load_language_model
 from rc_ray.core.merging import concatenate
 from rc_ray.core.model import AdapterMix, LanguageModel
 from rc_ray.core.objectives import entropy
-from rc_ray.core.predictions import UnlabeledPrompt
-from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.predictions import CalibratedScore, UnlabeledPrompt
+from rc_ray.core.prompts import PromptRenderer, Style
 from rc_ray.core.ranking import Ranker
-from rc_ray.core.weighting import learn_weights, num_weighting_steps
+from rc_ray.core.weighting import WeightingStep, learn_weights, num_weighting_steps
 from rc_ray.merge_config import LearnedMix
+from tests.core.small_catalogue import PROMPTS, TITLES, make_ranker, scaled
 from tests.core.test_model import random_adapter
-from tests.tiny import ADJECTIVES, NOUNS, make_model
-
-TITLES = [f"{a} {n}" for a in ADJECTIVES for n in NOUNS]
-PROMPTS = [
-    UnlabeledPrompt((TITLES[i], TITLES[i + 7]), tuple(range(i, i + 12))) for i in range(0, 24, 3)
-]
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return load_language_model(make_model(tmp_path_factory.mktemp("model")), torch.float32)
+def ranker(tmp_path_factory: pytest.TempPathFactory) -> Ranker:
+    return make_ranker(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def ranker(lm: LanguageModel) -> Ranker:
-    return Ranker(lm, "tools", TITLES, np.ones(len(TITLES)), PromptRenderer(lm.tokenizer))
-
-
-def scaled(adapter: Adapter, factor: float) -> Adapter:
-    return Adapter(
-        {n: replace(pair, scale=pair.scale * factor) for n, pair in adapter.modules.items()}
-    )
+def lm(ranker: Ranker) -> LanguageModel:
+    return ranker.lm
 
 
 def mean_entropy(ranker: Ranker) -> float:
@@ -50,12 +38,6 @@ def mean_entropy(ranker: Ranker) -> float:
             [p.history for p in PROMPTS], [p.candidates for p in PROMPTS]
         )
     return float(torch.stack([entropy(score) for score in scores]).mean())
-
-
-def test_entropy_worked_by_hand() -> None:
-    assert float(entropy(torch.zeros(8))) == pytest.approx(math.log(8))
-    sure = torch.tensor([0.5, 0.25, 0.25]).log() - 3.0  # any constant cancels
-    assert float(entropy(sure)) == pytest.approx(1.5 * math.log(2))
 
 
 def test_entropy_falls_and_rows_are_weights(ranker: Ranker) -> None:
@@ -141,3 +123,259 @@ def test_equal_adapters_merge_to_themselves(lm: LanguageModel, ranker: Ranker) -
 def test_no_prompts_is_refused(ranker: Ranker) -> None:
     with pytest.raises(ValueError, match="needs unlabeled prompts"):
         next(learn_weights(ranker, [random_adapter(1)], [], LearnedMix(), seed=0))
+
+
+def plain(objective: str, **settings: object) -> LearnedMix:
+    return LearnedMix.model_validate({"objective": objective, "batch_size": 8, **settings})
+
+
+TARGETS = (1, 2, 3, 4, 5, 6, 8, 9)  # 0 and 7 are in the history
+CLICKS = [replace(prompt, target=at) for prompt, at in zip(PROMPTS, TARGETS, strict=True)]
+CALIBRATION = CalibratedScore(0.7, 0.4, np.linspace(0.0, 2.0, len(TITLES)))
+KINDS: list[dict[str, object]] = [
+    {"objective": "entropy", "score": "calibrated"},
+    {"objective": "entropy", "over": "catalogue"},
+    {"objective": "vocabulary_entropy", "num_tokens": 3},
+    {"objective": "anchored", "max_entropy_share": 0.9},
+    {"objective": "anchored", "over": "catalogue", "score": "calibrated"},
+    {"objective": "distillation"},
+    {"objective": "clicks", "score": "calibrated"},
+    {"objective": "clicks", "over": "catalogue"},
+]
+
+
+def name_of(kind: dict[str, object]) -> str:
+    return "-".join(str(value) for value in kind.values())
+
+
+def learn(
+    ranker: Ranker,
+    adapters: Sequence[Adapter],
+    prompts: Sequence[UnlabeledPrompt],
+    config: LearnedMix,
+    micro_batch_size: int | None = None,
+) -> list[WeightingStep]:
+    return list(
+        learn_weights(
+            ranker,
+            adapters,
+            prompts,
+            config,
+            seed=0,
+            with_prior=True,
+            micro_batch_size=micro_batch_size,
+            calibration=CALIBRATION,
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_every_objective_in_parts_and_in_any_order_of_adapters(
+    ranker: Ranker, kind: dict[str, object]
+) -> None:
+    adapters = [random_adapter(1), scaled(random_adapter(2), 2.0), random_adapter(3)]
+    config = LearnedMix.model_validate({"num_epochs": 2, "batch_size": 5, **kind})
+    whole = learn(ranker, adapters, CLICKS, config)
+    assert whole[-1].objective != whole[0].objective
+    assert {row.index(max(row)) for row in whole[-1].weights.values()} != {0}
+    parts = learn(ranker, adapters, CLICKS, config, micro_batch_size=2)
+    turned = learn(ranker, adapters[::-1], CLICKS, config)
+    for expected, part, other in zip(whole, parts, turned, strict=True):
+        for field in ("entropy", "objective", "mean_prediction_entropy", "num_reliable"):
+            assert getattr(part, field) == pytest.approx(getattr(expected, field), abs=1e-4)
+            assert getattr(other, field) == pytest.approx(getattr(expected, field), abs=1e-4)
+        for name, row in expected.weights.items():
+            assert sum(row) == pytest.approx(1.0, abs=1e-6)
+            assert part.weights[name] == pytest.approx(row, abs=2e-3)
+            assert other.weights[name][::-1] == pytest.approx(row, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k["objective"] != "clicks"], ids=name_of)
+def test_labels_are_not_read(ranker: Ranker, kind: dict[str, object]) -> None:
+    adapters = [random_adapter(1), random_adapter(2)]
+    config = LearnedMix.model_validate({"num_epochs": 1, "batch_size": 4, **kind})
+    others = [replace(prompt, target=11 - place) for place, prompt in enumerate(PROMPTS)]
+    expected = learn(ranker, adapters, PROMPTS, config)
+    assert learn(ranker, adapters, CLICKS, config) == expected
+    assert learn(ranker, adapters, others, config) == expected
+
+
+def test_clicks_are_read_where_they_are_the_objective(ranker: Ranker) -> None:
+    adapters = [random_adapter(1), random_adapter(2)]
+    (step,) = learn(ranker, adapters, CLICKS, plain("clicks", num_epochs=1))
+    mix = AdapterMix(adapters)
+    with torch.no_grad(), ranker.lm.using(mix.with_weights(torch.full((len(mix.modules), 2), 0.5))):
+        scores = ranker.log_likelihoods(
+            [p.history for p in CLICKS], [p.candidates for p in CLICKS], with_prior=True
+        )
+    losses = [-float(s.log_softmax(-1)[p.target]) for s, p in zip(scores, CLICKS, strict=True)]
+    assert step.objective == pytest.approx(np.mean(losses), abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["anchored", "distillation"])
+def test_objectives_with_anchors_by_another_path(ranker: Ranker, objective: str) -> None:
+    adapters = [random_adapter(1), random_adapter(2)]
+    config = plain(objective, num_epochs=1, max_entropy_share=1.0)
+    (step,) = learn(ranker, adapters, PROMPTS, config)
+    mix = AdapterMix(adapters)
+    found = []
+    for row in ([0.5, 0.5], [1.0, 0.0], [0.0, 1.0]):
+        weights = torch.tensor([row] * len(mix.modules))
+        with torch.no_grad(), ranker.lm.using(mix.with_weights(weights)):
+            scores = ranker.log_likelihoods(
+                [p.history for p in PROMPTS], [p.candidates for p in PROMPTS], with_prior=True
+            )
+        found.append(torch.stack(scores).double().softmax(-1))
+    p, *single = found  # (X, O) each
+
+    def kl(q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return (q * (q / r).log()).sum(-1)
+
+    if objective == "distillation":
+        expected = torch.stack([kl(q, p) for q in single]).mean()
+    else:
+        halves = [(p + q) / 2 for q in single]
+        distances = [(kl(p, m) + kl(q, m)) / 2 for q, m in zip(single, halves, strict=True)]
+        mean = p.mean(0)
+        expected = (
+            -(p * p.log()).sum(-1).mean()
+            + torch.stack(distances).mean()
+            + (mean * mean.log()).sum()
+        )
+    assert step.objective == pytest.approx(float(expected), abs=1e-4)
+    assert step.entropy == pytest.approx(float(-(p * p.log()).sum(-1).mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer", "projection", "linear"])
+def test_weights_are_equal_within_a_group(ranker: Ranker, granularity: str) -> None:
+    adapters = [random_adapter(1), random_adapter(2)]
+    config = plain("entropy", granularity=granularity, num_epochs=3, learning_rate=0.3)
+    weights = learn(ranker, adapters, PROMPTS, config)[-1].weights
+    keys = {
+        "model": lambda name: "",
+        "layer": lambda name: name.split(".")[2],
+        "projection": lambda name: name.split(".")[-1],
+        "linear": lambda name: name,
+    }
+    groups: dict[str, set[tuple[float, ...]]] = {}
+    for name, row in weights.items():
+        groups.setdefault(keys[granularity](name), set()).add(tuple(row))
+    assert {len(rows) for rows in groups.values()} == {1}
+    assert len({row for rows in groups.values() for row in rows}) == len(groups)
+    assert len(groups) == {"model": 1, "layer": 2, "projection": 3, "linear": 6}[granularity]
+
+
+@pytest.mark.parametrize("objective", ["entropy", "anchored", "distillation", "clicks"])
+def test_a_step_of_gradient_descent_is_the_slope(ranker: Ranker, objective: str) -> None:
+    """With free weights and SGD at rate 1 the first step is the slope itself, measured here."""
+    adapters = [random_adapter(1), random_adapter(2)]
+    common = {"granularity": "layer", "parametrisation": "free", "optimizer": "sgd"}
+    config = plain(objective, num_epochs=1, learning_rate=1.0, max_entropy_share=1.0, **common)
+    (step,) = learn(ranker, adapters, CLICKS, config)
+    rows = {name.split(".")[2]: row for name, row in step.weights.items()}
+    # Shifted adapters at the uniform start are the shifted weights: b (1 + 2 d) at 1/2 is 1/2 + d.
+    for layer in ("0", "1"):
+        for k in (0, 1):
+            losses = []
+            for shift in (0.01, -0.01):
+                moved = [
+                    Adapter(
+                        {
+                            name: replace(pair, scale=pair.scale * (1 + 2 * shift))
+                            if j == k and name.split(".")[2] == layer
+                            else pair
+                            for name, pair in adapter.modules.items()
+                        }
+                    )
+                    for j, adapter in enumerate(adapters)
+                ]
+                losses.append(objective_of(ranker, moved, adapters, objective))
+            slope = (losses[0] - losses[1]) / 0.02
+            assert 0.5 - rows[layer][k] == pytest.approx(slope, rel=0.05, abs=5e-3)
+
+
+def objective_of(
+    ranker: Ranker, moved: list[Adapter], anchors: list[Adapter], objective: str
+) -> float:
+    def predict(adapters: list[Adapter], weight: float) -> torch.Tensor:
+        mix = AdapterMix(adapters)
+        weights = torch.full((len(mix.modules), len(adapters)), weight)
+        with torch.no_grad(), ranker.lm.using(mix.with_weights(weights)):
+            scores = ranker.log_likelihoods(
+                [p.history for p in CLICKS], [p.candidates for p in CLICKS], with_prior=True
+            )
+        return torch.stack(scores).double().log_softmax(-1)
+
+    log_p = predict(moved, 0.5)
+    single = torch.stack([predict([anchor], 1.0) for anchor in anchors])  # (K, X, O)
+    if objective == "clicks":
+        return float(-log_p[torch.arange(8), [p.target for p in CLICKS]].mean())
+    if objective == "distillation":
+        return float((single.exp() * (single - log_p)).sum(-1).mean())
+    sure = -(log_p.exp() * log_p).sum(-1).mean()
+    if objective == "entropy":
+        return float(sure)
+    log_mean = ((single.exp() + log_p.exp()) / 2).log()
+    near = (single.exp() * (single - log_mean) + log_p.exp() * (log_p - log_mean)).sum(-1) / 2
+    mean = log_p.exp().mean(0)
+    return float(sure + near.mean() + (mean * mean.log()).sum())
+
+
+def test_pull_is_towards_the_start(ranker: Ranker) -> None:
+    """The second step differs by the rate times twice the way of the first; the first does not."""
+    adapters = [random_adapter(1), random_adapter(2)]
+    common = {"parametrisation": "free", "optimizer": "sgd", "learning_rate": 0.1, "num_epochs": 2}
+    first, second = learn(ranker, adapters, PROMPTS, plain("entropy", **common))
+    pulled = learn(ranker, adapters, PROMPTS, plain("entropy", pull=0.8, **common))
+    assert pulled[0] == first
+    gap = 0.0
+    for name, row in first.weights.items():
+        for k, weight in enumerate(row):
+            expected = second.weights[name][k] - 0.1 * 2 * 0.8 * (weight - 0.5)
+            assert pulled[1].weights[name][k] == pytest.approx(expected, abs=1e-6)
+            gap += (weight - 0.5) ** 2
+    assert gap > 1e-5
+    assert pulled[1].objective == pytest.approx(second.objective + 0.8 * gap, abs=1e-5)
+
+
+def test_one_adapter_at_weight_one(ranker: Ranker) -> None:
+    (*_, last) = learn(ranker, [random_adapter(1)], PROMPTS, plain("anchored", num_epochs=2))
+    assert set(map(tuple, last.weights.values())) == {(1.0,)}
+
+
+@pytest.mark.parametrize("parametrisation", ["softmax", "sigmoid", "free"])
+def test_a_sequence_of_adapters_some_of_which_lack_layers(
+    ranker: Ranker, parametrisation: str
+) -> None:
+    adapters = [random_adapter(1), random_adapter(2, rank=5), random_adapter(3, layers=1)]
+    config = plain("entropy", parametrisation=parametrisation, num_epochs=6, learning_rate=0.05)
+    steps = learn(ranker, adapters, PROMPTS, config)
+    assert steps[-1].objective < steps[0].objective
+    assert len(steps[-1].weights) == 6
+    rows = [weight for row in steps[-1].weights.values() for weight in row]
+    if parametrisation != "free":
+        assert min(rows) > 0.0
+        assert max(rows) < 1.0
+    # Nothing hangs on the weight of an adapter in a layer that it lacks, if weights are apart.
+    if parametrisation != "softmax":
+        for name, row in steps[-1].weights.items():
+            assert (row[2] == pytest.approx(1 / 3, abs=1e-6)) == (".layers.1." in name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "style", "message"),
+    [
+        ({"objective": "clicks"}, "sequence", "next item is known"),
+        ({"objective": "vocabulary_entropy", "over": "catalogue"}, "sequence", "leave out `over`"),
+        ({"over": "catalogue"}, "instruct", "`style: instruct`"),
+        ({"score": "calibrated"}, "sequence", "`score: calibrated`"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    ranker: Ranker, settings: dict[str, str], style: Style, message: str
+) -> None:
+    renderer = PromptRenderer(ranker.lm.tokenizer, style)
+    other = Ranker(ranker.lm, "tools", TITLES, np.ones(len(TITLES)), renderer)
+    config = LearnedMix.model_validate(settings)
+    with pytest.raises(ValueError, match=message):
+        next(learn_weights(other, [random_adapter(1)], PROMPTS, config, seed=0))
