@@ -9,11 +9,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from rc_ray.config import Experiment
+from rc_ray.core.adapters import Adapter, LoraPair, save_adapter
 from rc_ray.core.domains import Domain, RankingCase, read_domain
 from rc_ray.core.loading import load_language_model
 from rc_ray.core.splits import PURPOSES, Purpose
@@ -227,3 +230,103 @@ def test_contestants_in_training_see_the_same_histories(
         ranked = benchmark.quality(name, without_ties.ours, arguments)
         assert ranked["steps"] >= 1
         assert 0 < ranked["valid_ndcg"] <= 1
+
+
+def with_random_adapters(experiment: Experiment) -> Path:
+    """A run folder as far as the benchmark of merging reads it."""
+    folder = experiment.run_dir
+    lm = load_language_model(experiment.model.path, torch.float32)
+    for seed, part in enumerate(("spirit", "ingredients/tools")):
+        generator = torch.Generator().manual_seed(seed)
+        modules = {
+            name: LoraPair(
+                a=torch.randn(2, layer.in_features, generator=generator),
+                b=torch.randn(layer.out_features, 2, generator=generator),
+                scale=0.1,
+            )
+            for name, layer in lm.model.named_modules()
+            if isinstance(layer, torch.nn.Linear) and "layers.1." in name
+        }
+        save_adapter(folder / part, Adapter(modules), experiment.model.path)
+    (folder / "config.yaml").write_text(yaml.safe_dump(experiment.model_dump(mode="json")))
+    return folder
+
+
+def test_learners_of_a_cocktail_learn_what_they_say(
+    make_run: Callable[..., Experiment], capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = load("merging")
+    settings = "--prompts 2 --reference-prompts 2 --goal-prompts 3 --batch-size 1 --pad-to 300"
+    options = benchmark.parser().parse_args(
+        [str(with_random_adapters(make_run())), "tools", *settings.split()]
+    )
+    order = {**vars(options), "dtype": "float32", "device": "cpu", "threads": 1, "users": 5}
+    found = {name: benchmark.learn({**order, "learner": name}) for name in benchmark.LEARNERS}
+    assert [one["num_steps"] for one in found.values()] == [2, 2, 2, 2, 2, 3]
+
+    def learned(name: str) -> np.ndarray:
+        return np.array(list(found[name]["weights"].values()))
+
+    # Left padding and the cache of keys and values change the cost, not what is learned.
+    np.testing.assert_allclose(learned("reference"), learned("reference-unpadded"), atol=1e-4)
+    np.testing.assert_allclose(learned("reference-one"), learned("ours-same-loss"), atol=1e-4)
+    assert np.abs(learned("reference") - 0.5).max() > 0.01
+    assert np.abs(learned("reference") - learned("ours")).max() > 0.01
+    per_prompt = {name: one["num_tokens"] / one["num_prompts"] for name, one in found.items()}
+    assert per_prompt["reference"] > per_prompt["reference-unpadded"] > per_prompt["ours"] > 0
+    assert per_prompt["reference-one"] >= 5 * 300
+
+    instruct = benchmark.learn({**order, "learner": "reference-unpadded", "style": "instruct"})
+    assert instruct["num_tokens"] != found["reference-unpadded"]["num_tokens"]
+
+    weights = {name: found[name]["weights"] for name in benchmark.JUDGED}
+    values = benchmark.judge({**order, "weights": weights})
+    assert {len(one["HR@1"]) for one in values.values()} == {5}
+    benchmark.print_costs(found, options.goal_prompts)
+    benchmark.print_quality(values, weights)
+    benchmark.print_goals(found, values, 1)
+    printed = capsys.readouterr().out
+    assert "(scaled)" in printed
+    assert "ours-same-loss 15 times faster than reference-one" in printed
+
+
+def test_the_reference_counts_the_first_five_tokens_of_each_of_five_titles(
+    make_run: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = load("merging")
+    options = benchmark.parser().parse_args([str(with_random_adapters(make_run())), "tools"])
+    run = benchmark.read_run({**vars(options), "dtype": "float32", "device": "cpu", "threads": 1})
+    learner = benchmark.Generating(run, "sequence")
+    (line_end,) = run.lm.tokenizer.encode("\n", add_special_tokens=False)
+    (letter,) = run.lm.tokenizer.encode("a", add_special_tokens=False)
+    written = [letter] * 6 + [line_end] + [letter, line_end] * 4 + [letter]
+    w = torch.zeros(7, 2, requires_grad=True)
+    counted = []
+
+    def next_logits(tokens: list[int], _: int) -> torch.Tensor:
+        counted.append(torch.is_grad_enabled())
+        return w.sum() + torch.nn.functional.one_hot(torch.tensor(written[len(tokens) - 1]), 300)
+
+    monkeypatch.setattr(learner, "_next_logits", next_logits)
+    learner.gradient(w, [letter])
+    assert counted == [True] * 5 + [False] * 2 + [True] * 8
+
+
+def test_fixed_merges_are_held_against_their_formula() -> None:
+    benchmark = load("fixed_merges")
+    order = {"threads": 1, "shape": "tiny", "layers": 1, "rank": 4}
+    found = {
+        (one.result, one.who, one.call): benchmark.measure(
+            {**order, "contestant": [one.result, one.who, one.call]}
+        )["difference"]
+        for one in benchmark.CONTESTANTS
+        if one.who != "mergekit"
+    }
+    for result, call in (("linear", "linear"), ("ties-dense", "ties"), ("peft_linear",) * 2):
+        assert found[result, "ours", call] < 1e-6
+    for result, ours, peft in (("linear-16", "linear", "svd"), ("ties", "ties", "ties_svd")):
+        assert 0.1 < found[result, "ours", ours] < 0.9
+        assert found[result, "ours", ours] == pytest.approx(found[result, "peft", peft], abs=1e-5)
+    assert found["linear", "peft", "cat"] < 1e-6
+    for call in ("linear", "ties", "dare_linear", "dare_ties"):
+        assert found[call, "peft", call] > 0.9  # of A and B apart
