@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -91,6 +92,9 @@ class DataConfig(Section):
     """Domains that feed the base spirit; none where no compared system needs one."""
     ingredients: tuple[DomainName, ...] = Field(min_length=1)
     """Domains that get an ingredient and a cocktail; the spirit does not see them."""
+    guests: tuple[DomainName, ...] = ()
+    """Domains that get a cocktail but no ingredient of their own: the spirit is mixed with the
+    ingredients of all others. They are held out and tested like ingredient domains."""
     min_user_interactions: Annotated[int, Field(ge=3)] = 5
     """Users with fewer interactions in a domain are dropped from it."""
     min_item_interactions: Annotated[int, Field(ge=0)] = 0
@@ -146,12 +150,14 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _roles(self) -> DataConfig:
-        both = sorted(set(self.spirit) & set(self.ingredients))
-        if both:
-            raise ValueError(
-                f"{', '.join(both)} stands under both `spirit` and `ingredients`; "
-                "a domain has one role, or the spirit would see what it is tested on"
-            )
+        roles = ("spirit", "ingredients", "guests")
+        for one, other in itertools.combinations(roles, 2):
+            both = sorted(set(getattr(self, one)) & set(getattr(self, other)))
+            if both:
+                raise ValueError(
+                    f"{', '.join(both)} stands under both `{one}` and `{other}`; a domain has one "
+                    "role, or adapters would see what they are tested on"
+                )
         known: list[str] = []
         for source in self.sources:
             if isinstance(source, MovieLensSource) and source.genre_domains is not None:
@@ -161,7 +167,7 @@ class DataConfig(Section):
         twice = sorted({name for name in known if known.count(name) > 1})
         if twice:
             raise ValueError(f"`sources` define the domain {', '.join(twice)} more than once")
-        unknown = sorted({*self.spirit, *self.ingredients} - set(known))
+        unknown = sorted(set(self.domains) - set(known))
         if unknown:
             raise ValueError(
                 f"no source defines the domain {', '.join(unknown)}; defined: {', '.join(known)}"
@@ -182,4 +188,9 @@ class DataConfig(Section):
     @property
     def domains(self) -> tuple[str, ...]:
         """Every domain in use, spirit first."""
-        return (*self.spirit, *self.ingredients)
+        return (*self.spirit, *self.tested)
+
+    @property
+    def tested(self) -> tuple[str, ...]:
+        """Domains with held-out items and users, on which systems are compared."""
+        return (*self.ingredients, *self.guests)

@@ -54,7 +54,7 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     console.stage("prepare")
     opened = [_Opened(source) for source in data.sources]
     failures: dict[int, list[UserError]] = {place: [] for place in range(len(opened))}
-    for roles in (data.ingredients, data.spirit):
+    for roles in (data.tested, data.spirit):
         waiting = roles is data.spirit and any(failures.values())
         for place, source in enumerate(opened):
             wanted = [name for name in sources.domain_names(source.source) if name in roles]
@@ -80,27 +80,28 @@ def fingerprint_config(data: DataConfig, source: Source, domain: str) -> dict[st
     A spirit domain names the ingredient domains and their cold fractions where these hold anything
     out; what they hold out in fact is among its inputs.
     """
-    is_ingredient = domain in data.ingredients
+    is_tested = domain in data.tested
     config = {
         "domain": domain,
-        "role": "ingredient" if is_ingredient else "spirit",
+        "role": "ingredient" if is_tested else "spirit",
         "source": source.model_dump(mode="json", exclude={"path", "interactions", "items"}),
         **data.model_dump(
-            mode="json", exclude={"sources", "spirit", "ingredients", "num_training_users"}
+            mode="json",
+            exclude={"sources", "spirit", "ingredients", "guests", "num_training_users"},
         ),
     }
     if domain in data.num_training_users:
         config["num_training_users"] = data.num_training_users[domain]
-    if not is_ingredient:
+    if not is_tested:
         for field in ("unlabeled_fraction", "few_shot_user_fraction", "num_few_shot"):
             del config[field]
-        config["held_out_by"] = list(data.ingredients)
+        config["held_out_by"] = list(data.tested)
     return config
 
 
 def held_out_inputs(data: DataConfig, folder: RunFolder) -> dict[str, str]:
     """Digests of what the ingredient domains hold out, by path in the run folder."""
-    paths = {name: folder.domain_dir(name) / HELD_OUT_FILE for name in data.ingredients}
+    paths = {name: folder.domain_dir(name) / HELD_OUT_FILE for name in data.tested}
     return {
         f"data/{name}/{HELD_OUT_FILE}": artifacts.sha256_file(path) for name, path in paths.items()
     }
@@ -156,7 +157,7 @@ def _prepare(
             console.note(f"{name:18} stands already")
             continue
         if name in data.spirit:
-            held_out = read_held_out(folder.domain_dir(one) for one in data.ingredients)
+            held_out = read_held_out(folder.domain_dir(one) for one in data.tested)
         start = time.monotonic()
         try:
             metrics = prepare_domain(

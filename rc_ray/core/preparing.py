@@ -91,7 +91,7 @@ def prepare_domain(
         counts = {**domain.counts, **result.counts, **counts}
         _check_cases(domain.name, config, result, cases, counts)
         write_tables(work, domain, result, cases)
-        if domain.name in config.ingredients:
+        if domain.name in config.tested:
             write_held_out(work / HELD_OUT_FILE, domain, result)
         metrics: dict[str, Any] = {
             **counts,
@@ -209,7 +209,7 @@ def _check_cases(
     counts: Mapping[str, int],
 ) -> None:
     """Raise where no user is left for something that a later stage needs."""
-    is_ingredient = name in config.ingredients
+    is_ingredient = name in config.tested
     warm = cases.split == TEMPERATURES.index("warm")
     unlabeled = result.draws[cases.user] == UNLABELED
     found = {

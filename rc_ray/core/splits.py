@@ -122,7 +122,7 @@ def split(
     Raises:
         DomainError: too few warm items are left for a list of candidates.
     """
-    is_ingredient = domain.name in config.ingredients
+    is_ingredient = domain.name in config.tested
     held_out = held_out or HeldOut.nothing()
     if is_ingredient:
         cold = _draw_cold(domain, config, seed)
