@@ -53,6 +53,9 @@ class RunFolder:
     def ingredient_dir(self, domain: str) -> Path:
         return self.root / "ingredients" / domain
 
+    def joint_dir(self, domain: str) -> Path:
+        return self.root / "controls" / "joint" / domain
+
     @property
     def sweep_path(self) -> Path:
         """Of all domains' trials in one table; `.json` beside it is for programs."""
@@ -61,6 +64,24 @@ class RunFolder:
     def cocktail_dir(self, domain: str) -> Path:
         return self.root / "cocktails" / domain
 
+    def mix_dir(self, domain: str, name: str) -> Path:
+        """Of one of a domain's mixes, `cocktail` and `uniform` among them."""
+        return self.cocktail_dir(domain) / mix_place(name)
+
+    def adapter_dir(self, domain: str, system: str) -> Path | None:
+        """Of the adapter that a system has on a domain; None for the bare base."""
+        places = {
+            "base": None,
+            "spirit": self.spirit_dir,
+            "ingredient": self.ingredient_dir(domain),
+            "joint": self.joint_dir(domain),
+        }
+        return places[system] if system in places else self.mix_dir(domain, system)
+
+    def mix_work_dir(self, domain: str) -> Path:
+        """Single mixes with manifests of their own, so that none is ever made twice."""
+        return self.root / "cocktails.work" / domain
+
     @property
     def evaluate_dir(self) -> Path:
         return self.root / "evaluate"
@@ -68,6 +89,11 @@ class RunFolder:
     @property
     def report_dir(self) -> Path:
         return self.root / "report"
+
+
+def mix_place(name: str) -> str:
+    """Where a mix lies inside its domain's folder of cocktails; "." is that folder itself."""
+    return {"cocktail": ".", "uniform": "uniform"}.get(name, f"mixes/{name}")
 
 
 def sha256_file(path: Path) -> str:
@@ -201,6 +227,18 @@ def is_finished(folder: Path, wanted: str) -> bool:
     if not (folder / MANIFEST).exists():
         return False
     return bool(read_json(folder / MANIFEST).get("fingerprint") == wanted)
+
+
+def adapter_digest(folder: Path) -> str:
+    """Digest of the adapter in a folder.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise ArtifactError(f"{path}: missing; run the stage that makes it again with --force")
+    return sha256_file(path)
 
 
 def manifest_digest(folder: Path) -> str:

@@ -198,13 +198,15 @@ def show(experiment: ExperimentFile, overrides: Overrides = None, verbose: Verbo
     """Print the resolved experiment and which stages are finished, stale or missing."""
     with plain_errors(verbose):
         from rc_ray.config import load
-        from rc_ray.status import dump, read_status
+        from rc_ray.status import dump, read_status, told_by_guards
 
         loaded = load(experiment, tuple(overrides or ()))
         typer.echo(dump(loaded))
         typer.echo(f"# {loaded.run_dir}")
         for status in read_status(loaded):
             typer.echo(f"# {status.stage:9} {status.state:9} {status.detail}".rstrip())
+        for line in told_by_guards(loaded):
+            typer.echo(f"# {line}")
 
 
 @app.command()
@@ -274,7 +276,7 @@ def _possible(experiment: Experiment, stages: Sequence[str], console: Progress) 
         ConfigError: the one stage asked for needs a base spirit and no domain feeds one.
     """
     from rc_ray.errors import ConfigError
-    from rc_ray.recipes import stages_needed
+    from rc_ray.recipes import nothing_to_do, stages_needed
 
     needed = stages_needed(experiment)
     if len(stages) > 1:
@@ -282,7 +284,7 @@ def _possible(experiment: Experiment, stages: Sequence[str], console: Progress) 
         if left_out:
             console.note(f"no system of `evaluate.systems` needs {', '.join(left_out)}: left out")
         return [name for name in stages if name in needed]
-    if stages[0] in ("train", "merge") and not experiment.data.spirit:
+    if nothing_to_do(experiment, stages[0]):
         raise ConfigError(f"`data.spirit` names no domain, so there is nothing to {stages[0]}")
     return stages
 

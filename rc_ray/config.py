@@ -7,7 +7,7 @@ exactly what `config.yaml` in its run folder says.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
@@ -22,13 +22,15 @@ from rc_ray.baselines_config import ItemKnnConfig, SasrecConfig, TitleEmbeddingC
 from rc_ray.calibration_config import CalibrationConfig
 from rc_ray.data_config import DataConfig, Section
 from rc_ray.errors import ConfigError
-from rc_ray.merge_config import MergeConfig
+from rc_ray.merge_config import FixedMix, LearnedMix, MergeConfig
 from rc_ray.tracking import TrackingConfig
 from rc_ray.training_config import TrainConfig
 from rc_ray.tune_config import TuneConfig
 from rc_ray.yaml_file import apply_override, explain, read_mapping
 
-System = Literal[
+System = str
+"""One of `SYSTEMS`, or a mix of `merge.mixes`."""
+SYSTEMS: tuple[System, ...] = (
     "popularity",
     "item_knn",
     "sasrec",
@@ -36,15 +38,26 @@ System = Literal[
     "base",
     "spirit",
     "ingredient",
+    "joint",
+    "random_spirit",
     "uniform",
     "cocktail",
-]
-SYSTEMS: tuple[System, ...] = get_args(System)
-"""Every system that a run can compare, in the order of reports."""
+    "guarded",
+)
+"""Every system that needs no entry of its own in the file, in the order of reports; mixes stand
+between `uniform` and `cocktail`."""
+DEFAULT_SYSTEMS: tuple[System, ...] = tuple(
+    one for one in SYSTEMS if one not in ("joint", "random_spirit")
+)
 BASELINES: tuple[System, ...] = ("popularity", "item_knn", "sasrec", "title_embedding")
 """Systems that no adapter shapes and no LLM likelihood ranks."""
-OF_THE_SPIRIT: tuple[System, ...] = ("spirit", "uniform", "cocktail")
-"""Systems that need a base spirit."""
+MIXED: tuple[System, ...] = ("random_spirit", "uniform", "cocktail", "guarded")
+"""Systems that the merge makes, beside those of `merge.mixes`."""
+
+OF_THE_SPIRIT: tuple[System, ...] = ("spirit", "joint", "random_spirit")
+"""Systems that need a base spirit, or its domains, for themselves."""
+SERVED: tuple[System, ...] = ("spirit", "ingredient", "uniform", "cocktail")
+"""Systems that can be served, beside those of `merge.mixes`."""
 
 Probe = Literal["shuffled_history", "permuted_candidates", "popularity_negatives", "masked_titles"]
 
@@ -57,7 +70,8 @@ class ModelConfig(Section):
 
 
 class EvaluateConfig(Section):
-    systems: tuple[System, ...] = Field(default=SYSTEMS, min_length=1)
+    systems: tuple[System, ...] = Field(default=DEFAULT_SYSTEMS, min_length=1)
+    """Built-in ones and names of `merge.mixes`."""
     ks: tuple[PositiveInt, ...] = Field(default=(1, 5, 10), min_length=1)
     """Cut-offs of HR, NDCG and MRR."""
     num_test_users: PositiveInt | None = None
@@ -105,7 +119,11 @@ class EvaluateConfig(Section):
 class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    system: Literal["spirit", "ingredient", "uniform", "cocktail"] = "cocktail"
+    system: System = "cocktail"
+    """`spirit`, `ingredient`, `uniform`, `cocktail` or a mix of `merge.mixes`."""
+    guard: bool = True
+    """Where the guard of the merge refused a domain's cocktail, serve what it chose instead; false
+    serves the cocktail as it was learned."""
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt = 1
     target_ongoing_requests: PositiveFloat = 4.0
@@ -152,13 +170,93 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
-    def _spirit_for_its_systems(self) -> Experiment:
-        needing = [system for system in self.evaluate.systems if system in OF_THE_SPIRIT]
-        if needing and not self.data.spirit:
+    def _named_mixes(self) -> Experiment:
+        mixes = self.merge.mixes
+        taken = sorted(set(mixes) & set(SYSTEMS))
+        if taken:
             raise ValueError(
-                f"`evaluate.systems` names {', '.join(needing)}, made from a base spirit, but "
-                "`data.spirit` names no domain; name one, or leave these systems out"
+                f"`merge.mixes` names a mix `{taken[0]}`, which is a system of its own; "
+                "give it another name"
             )
+        known = {"evaluate.systems": (*SYSTEMS, *mixes), "serve.system": (*SERVED, *mixes)}
+        asked = {"evaluate.systems": self.evaluate.systems, "serve.system": (self.serve.system,)}
+        for field, systems in asked.items():
+            unknown = [one for one in systems if one not in known[field]]
+            if unknown:
+                raise ValueError(
+                    f"`{field}` names {unknown[0]}, which is neither one of "
+                    f"{', '.join(known[field][: len(known[field]) - len(mixes)])} nor a mix of "
+                    f"`merge.mixes` ({', '.join(mixes) or 'it has none'})"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_to_mix(self) -> Experiment:
+        needing = [system for system in self.evaluate.systems if self.is_mixed(system)]
+        of_spirit = [one for one in self.evaluate.systems if one in OF_THE_SPIRIT]
+        if not self.data.spirit and (of_spirit or (needing and not self.can_mix)):
+            raise ValueError(
+                f"`evaluate.systems` names {', '.join([*of_spirit, *needing])}, made from a base "
+                "spirit, but `data.spirit` names no domain; name one, or leave these systems out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _planned_joint_trials(self) -> Experiment:
+        if "joint" in self.evaluate.systems and not self.tune.is_planned:
+            raise ValueError(
+                "`evaluate.systems` names joint, whose trials are those of `tune.search`, but "
+                "`tune.search_algorithm: optuna` finds them on the way; take `random`, or leave "
+                "joint out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _neighbours(self) -> Experiment:
+        named = self.merge.neighbours
+        strangers = [one for one in named if one not in self.data.ingredients]
+        if named != "all" and strangers:
+            raise ValueError(
+                f"`merge.neighbours` names {', '.join(strangers)}, which has no ingredient; take "
+                f"some of `data.ingredients` ({', '.join(self.data.ingredients)})"
+            )
+        if named or self.data.guests:
+            taken = sorted({"spirit", "ingredient"} & set(self.data.ingredients))
+            if taken:
+                raise ValueError(
+                    f"a domain is called `{taken[0]}`, as an adapter of every mix is; rename it, "
+                    "or leave out `merge.neighbours` and `data.guests`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _no_catalogue_to_learn_on(self) -> Experiment:
+        mixes = {
+            "merge": self.merge,
+            **{f"merge.mixes.{n}": m for n, m in self.merge.mixes.items()},
+        }
+        for field, mix in mixes.items():
+            over_all = isinstance(mix, LearnedMix) and mix.over == "catalogue"
+            if over_all and self.tune.style == "instruct":
+                raise ValueError(
+                    f"`{field}.over: catalogue` does not go with `style: instruct`, which lists "
+                    "the candidates in the prompt; take `over: candidates`, or another style"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_for_all(self) -> Experiment:
+        for name, mix in self.merge.mixes.items():
+            if not isinstance(mix, FixedMix) or mix.weights is None:
+                continue
+            for domain in self.data.tested:
+                adapters = self.adapter_names(domain)
+                if len(adapters) != len(mix.weights):
+                    raise ValueError(
+                        f"`merge.mixes.{name}.weights` has {len(mix.weights)} values, but on "
+                        f"{domain} {len(adapters)} adapters are mixed ({', '.join(adapters)}); "
+                        "give one weight for each, or leave `weights` out"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -191,6 +289,25 @@ class Experiment(Section):
                 f"{self.data.num_negatives}}}}}`"
             )
         return self
+
+    def adapter_names(self, domain: str) -> tuple[str, ...]:
+        """What is mixed on a tested domain: `spirit`, `ingredient`, then names of other domains."""
+        data = self.data
+        others = [name for name in data.ingredients if name != domain]
+        if domain in data.ingredients:
+            named = others if self.merge.neighbours == "all" else self.merge.neighbours
+            others = [name for name in named if name != domain]
+        own = ("ingredient",) if domain in data.ingredients else ()
+        return (*(("spirit",) if data.spirit else ()), *own, *others)
+
+    @property
+    def can_mix(self) -> bool:
+        """Whether every tested domain has two adapters or more."""
+        return all(len(self.adapter_names(domain)) > 1 for domain in self.data.tested)
+
+    def is_mixed(self, system: System) -> bool:
+        """Whether a system is made by the merge."""
+        return system in MIXED or system in self.merge.mixes
 
     @property
     def split_seed(self) -> int:

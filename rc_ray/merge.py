@@ -1,11 +1,14 @@
-"""Ray -> one cocktail per domain: spirit and ingredient mixed by the weights that entropy chose.
+"""Ray -> the cocktails of all domains: adapters mixed, and what was mixed beside them to compare.
 
 Domains are mixed in parallel, one Ray task each (rc_ray/mixing.py); a finished domain stands, also
-when another one fails. Ray is imported inside the functions, after the session has set it up.
+when another one fails, and so does a finished mix when another one of its domain fails. Ray is
+imported inside the functions, after the session has set it up.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,17 @@ from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError, UserError
+from rc_ray.guard import ARTICLES
 from rc_ray.progress import JsonlTail, Progress, TaskHandle, polled
 from rc_ray.session import require_resources
 
 
 class CocktailsFailed(UserError):
-    """Some domains got no cocktail; the others are finished."""
+    """Some domains got no cocktail, or not every mix; the others are finished."""
 
 
 def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Path:
-    """Mix the cocktail of every ingredient domain.
+    """Mix the cocktail of every tested domain, and the mixes beside it.
 
     Call inside `ray_session`.
 
@@ -33,23 +37,26 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
 
     Returns:
         The folder with one folder per domain: the cocktail as a PEFT LoRA, its weights, the
-        entropy curve, the fold check, and `uniform/`, the equal mix.
+        entropy curve, the fold check, `uniform/`, the equal mix, `mixes/`, the named ones, and
+        `guard.json`, what is to be served.
 
     Raises:
         ConfigError: the cluster has no room for a single task.
-        CocktailsFailed: names the domains without a cocktail and why.
+        CocktailsFailed: names the domains without a cocktail, or without a mix, and why.
     """
     folder = RunFolder(experiment.run_dir.absolute())
     console.stage("merge: the cocktails")
     failed: dict[str, str] = {}
     orders = []
-    for domain in experiment.data.ingredients:
+    for domain in experiment.data.tested:
         try:
             order = make_order(experiment, folder, domain)
         except ArtifactError as error:
             failed[domain] = str(error)
             continue
-        if not force and artifacts.is_finished(Path(order["target"]), order["fingerprint"]):
+        if force:
+            shutil.rmtree(order["work"], ignore_errors=True)
+        elif _is_complete(Path(order["target"]), order["fingerprint"]):
             console.note(f"{order['target']} is up to date")
             continue
         orders.append(order)
@@ -57,28 +64,51 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         failed |= _mix_all(experiment, orders, console)
     if failed:
         raise CocktailsFailed(
-            "\n".join(f"merge: no cocktail for {name}: {why}" for name, why in failed.items())
+            "\n".join(f"merge: {_lacking(name)}: {why}" for name, why in failed.items())
         )
     return folder.root / "cocktails"
+
+
+def _lacking(name: str) -> str:
+    domain, _, mix = name.partition(":")
+    return f"no mix {mix} for {domain}" if mix else f"no cocktail for {domain}"
+
+
+def _is_complete(target: Path, fingerprint: str) -> bool:
+    """Whether a domain is finished, with every mix that was asked for."""
+    if not artifacts.is_finished(target, fingerprint):
+        return False
+    metrics = artifacts.read_json(target / artifacts.MANIFEST)["metrics"]
+    return not metrics.get("failed_mixes")
 
 
 def make_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[str, Any]:
     """What the task of one domain needs to know; all JSON-able.
 
     Raises:
-        ArtifactError: the domain, the spirit or the ingredient is not there yet.
+        ArtifactError: the domain or one of the adapters is not there yet.
     """
     merge = experiment.merge
     recipe = recipes.cocktail(experiment, domain)
     config, inputs = recipe.config, recipe.inputs(folder)
+    mixes = {}
+    for name in recipes.mixes(experiment):
+        own = recipes.mix(experiment, domain, name).config
+        known = artifacts.fingerprint(config=own, seed=experiment.seed, inputs=inputs)
+        mixes[name] = {"config": own, "fingerprint": known}
+    adapters = recipes.adapters(experiment, domain)
     return {
         "domain": domain,
         "domain_dir": str(folder.domain_dir(domain)),
-        "spirit_dir": str(folder.spirit_dir),
-        "ingredient_dir": str(folder.ingredient_dir(domain)),
+        "adapters": {name: str(folder.root / place) for name, place in adapters.items()},
+        "mixes": mixes,
+        "work": str(folder.mix_work_dir(domain)),
         "target": str(folder.cocktail_dir(domain)),
         "curve_path": str(folder.root / "cocktails" / f".{domain}.entropy.jsonl"),
         "seed": experiment.seed,
+        "split_seed": experiment.split_seed,
+        "negatives": experiment.data.negatives,
+        "evaluate": experiment.evaluate.model_dump(mode="json"),
         "num_cpus": merge.cpus_per_task,
         "use_gpu": merge.gpus_per_task > 0,
         "tokens_per_batch": experiment.evaluate.tokens_per_batch,
@@ -123,26 +153,38 @@ def _mix_all(
             if "error" in result:
                 failed[order["domain"]] = result["error"]
                 continue
-            console.note(
-                f"{order['domain']}: entropy {result['first_entropy']:.3f} -> "
-                f"{result['last_entropy']:.3f} nats, mean weight of the ingredient "
-                f"{result['mean_ingredient_weight']:.2f}"
-            )
+            for line in _told(order["domain"], result):
+                console.note(line)
+            for name, why in result["failed_mixes"].items():
+                failed[f"{order['domain']}:{name}"] = why
     return failed
+
+
+def _told(domain: str, result: dict[str, Any]) -> Iterator[str]:
+    """What a finished domain says on the console."""
+    weights = ", ".join(f"{name} {one:.2f}" for name, one in result["mean_weights"].items())
+    yield (
+        f"{domain}: entropy {result['first_entropy']:.3f} -> {result['last_entropy']:.3f} nats; "
+        f"mean weights: {weights}"
+    )
+    guard = result["guard"]
+    yield f"{domain}: the guard serves {ARTICLES[guard['chosen']]}. {guard['why']}"
+    if guard["collapse"] is not None:
+        yield f"{domain}: {guard['collapse']}"
 
 
 def _look(orders: list[dict[str, Any]], console: Progress) -> Any:
     """A function that shows what the tasks have written since its last call."""
     tails = {order["domain"]: JsonlTail(Path(order["curve_path"])) for order in orders}
-    handles: dict[str, TaskHandle] = {}
+    handles: dict[tuple[str, str], TaskHandle] = {}
 
     def look() -> None:
         for domain, tail in tails.items():
-            rows = tail.read_new()
-            if not rows:
-                continue
-            if domain not in handles:
-                handles[domain] = console.task(domain, rows[-1]["num_steps"])
-            handles[domain].update(rows[-1]["step"] + 1, entropy=rows[-1]["entropy"])
+            latest = {row["mix"]: row for row in tail.read_new()}
+            for name, row in latest.items():
+                label = domain if name == "cocktail" else f"{domain}, {name}"
+                if (domain, name) not in handles:
+                    handles[domain, name] = console.task(label, row["num_steps"])
+                handles[domain, name].update(row["step"] + 1, entropy=row["entropy"])
 
     return look

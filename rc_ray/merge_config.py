@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from rc_ray.data_config import DomainName, Section
 
@@ -73,6 +73,25 @@ class LearnedMix(Section):
     """`anchored`: prompts whose entropy is above this share of log C do not count."""
     max_titles: PositiveInt = 15
     """History titles in a prompt."""
+
+    @model_validator(mode="after")
+    def _of_the_own_tokens(self) -> LearnedMix:
+        plain = self.over == "candidates" and self.score == "likelihood"
+        if self.objective == "vocabulary_entropy" and not plain:
+            raise ValueError(
+                "`objective: vocabulary_entropy` is of the LLM's own tokens; leave out `over` and "
+                "`score`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_clicks_of_scored_users(self) -> LearnedMix:
+        if self.objective == "clicks" and self.prompts_of == "scored_users":
+            raise ValueError(
+                "`objective: clicks` learns from next items, and those of `prompts_of: "
+                "scored_users` are what is tested; take `prompts_of: other_users`"
+            )
+        return self
 
 
 class SearchedMix(Section):

@@ -6,14 +6,16 @@ is what a stage will do.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from rc_ray import __version__, artifacts
 from rc_ray.artifacts import RunFolder
-from rc_ray.config import OF_THE_SPIRIT, Experiment, System
+from rc_ray.config import Experiment, System
 from rc_ray.curves import shaping_config
-from rc_ray.training_config import EXECUTION_FIELDS
+from rc_ray.merge_config import FixedMix, LearnedMix, MixConfig
+from rc_ray.training_config import EXECUTION_FIELDS, TrainingConfig
 
 _EXECUTION: dict[str, set[str]] = {
     "train": {
@@ -98,29 +100,125 @@ def validated(shaping: dict[str, Any], experiment: Experiment) -> dict[str, Any]
     }
 
 
-def cocktail(experiment: Experiment, domain: str) -> Recipe:
+def joint(experiment: Experiment, domain: str) -> Recipe:
+    """Of a LoRA trained on the spirit's domains and this one at once."""
     return Recipe(
         {
-            "merge": experiment.merge.model_dump(mode="json", exclude=_EXECUTION["merge"]),
-            "style": experiment.tune.style,
-            "with_prior": experiment.tune.learns_with_prior,
-            "model": experiment.model.model_dump(mode="json"),
+            "trials": [
+                validated(shaping_config(one, experiment), experiment)
+                for one in joint_settings(experiment)
+            ]
         },
-        ("spirit", f"ingredients/{domain}", f"data/{domain}"),
+        (f"data/{domain}", *(f"data/{name}" for name in experiment.data.spirit)),
     )
+
+
+def joint_settings(experiment: Experiment) -> tuple[TrainingConfig, ...]:
+    """The ingredient's, with steps for as many histories as spirit and ingredient saw together."""
+    train, found = experiment.train, []
+    for one in experiment.tune.settings():
+        num_histories = train.num_steps * train.batch_size + one.num_steps * one.batch_size
+        num_steps = math.ceil(num_histories / one.batch_size)
+        found.append(one.model_copy(update={"num_steps": num_steps}))
+    return tuple(found)
+
+
+def adapters(experiment: Experiment, domain: str) -> dict[str, str]:
+    """What is mixed on a domain: name of each adapter -> its stage folder in the run folder."""
+    own = {"spirit": "spirit", "ingredient": f"ingredients/{domain}"}
+    return {name: own.get(name, f"ingredients/{name}") for name in experiment.adapter_names(domain)}
+
+
+def mixes(experiment: Experiment) -> dict[str, MixConfig]:
+    """Every mix of a domain by name: the cocktail, the uniform one, and the named ones."""
+    fields = {name: getattr(experiment.merge, name) for name in LearnedMix.model_fields}
+    cocktail = LearnedMix(**fields)
+    found: dict[str, MixConfig] = {"cocktail": cocktail, "uniform": FixedMix(method="linear")}
+    if "random_spirit" in experiment.evaluate.systems:
+        found["random_spirit"] = cocktail
+    return {**found, **experiment.merge.mixes}
+
+
+def mix(experiment: Experiment, domain: str, name: str) -> Recipe:
+    """Of one mix alone, so that another mix in the file does not make it stale."""
+    config = mixes(experiment)[name]
+    shaping: dict[str, Any] = {
+        "mix": config.model_dump(mode="json"),
+        "rank": experiment.merge.rank,
+        **_form(experiment),
+    }
+    if name == "random_spirit":
+        shaping["random"] = ["spirit"]
+    if _is_calibrated(config):
+        # By equal weights, on the guard's users.
+        num_users = experiment.merge.guard.num_valid_users
+        shaping["scores"] = _scores(experiment) | {"num_valid_users": num_users}
+    if _is_transductive(config):
+        shaping["num_test_users"] = experiment.evaluate.num_test_users
+    return Recipe(shaping, (*adapters(experiment, domain).values(), f"data/{domain}"))
+
+
+def cocktail(experiment: Experiment, domain: str) -> Recipe:
+    merge, made = experiment.merge, mixes(experiment)
+    shaping: dict[str, Any] = {
+        "merge": merge.model_dump(mode="json", exclude=_EXECUTION["merge"]),
+        "made": list(made),
+        **_form(experiment),
+    }
+    if any(_is_transductive(config) for config in made.values()):
+        shaping["num_test_users"] = experiment.evaluate.num_test_users
+    is_scored = any(_is_calibrated(config) for config in made.values())
+    if merge.guard.enabled or is_scored:  # both calibrate as the evaluation does
+        shaping["scores"] = _scores(experiment)
+    return Recipe(shaping, (*adapters(experiment, domain).values(), f"data/{domain}"))
+
+
+def _is_transductive(config: MixConfig) -> bool:
+    return isinstance(config, LearnedMix) and config.prompts_of == "scored_users"
+
+
+def _is_calibrated(config: MixConfig) -> bool:
+    return isinstance(config, LearnedMix) and config.score == "calibrated"
+
+
+def _scores(experiment: Experiment) -> dict[str, Any]:
+    """What decides a calibration and the ranks under it."""
+    fields = {"alphas", "gammas", "prior_in_trie", "calibration", "max_titles"}
+    return experiment.evaluate.model_dump(mode="json", include=fields)
+
+
+def _form(experiment: Experiment) -> dict[str, Any]:
+    """What all mixes are made from, beside adapters and data."""
+    return {
+        "style": experiment.tune.style,
+        "with_prior": experiment.tune.learns_with_prior,
+        "model": experiment.model.model_dump(mode="json"),
+    }
 
 
 def stages_needed(experiment: Experiment) -> set[str]:
     """The stages that the systems under comparison need."""
     systems = set(experiment.evaluate.systems)
     needed = {"prepare", "evaluate", "report"}
-    if systems & set(OF_THE_SPIRIT):
+    is_merged = any(experiment.is_mixed(system) for system in systems)
+    if experiment.data.spirit and (is_merged or "spirit" in systems):
         needed.add("train")
-    if systems & {"ingredient", "uniform", "cocktail"}:
+    if is_merged or systems & {"ingredient", "joint"}:
         needed.add("tune")
-    if systems & {"uniform", "cocktail"}:
+    if is_merged:
         needed.add("merge")
     return needed
+
+
+def nothing_to_do(experiment: Experiment, stage: str) -> bool:
+    """Whether a stage lacks the adapters or domains that it works on."""
+    match stage:
+        case "train":
+            return not experiment.data.spirit
+        case "merge":
+            return not experiment.can_mix
+        case _:
+            return False
 
 
 def baseline_config(experiment: Experiment, system: System) -> dict[str, Any]:
@@ -148,12 +246,17 @@ def baseline_seeds(experiment: Experiment, system: System) -> tuple[int, ...]:
 
 def evaluation(experiment: Experiment) -> Recipe:
     systems = set(experiment.evaluate.systems)
-    reads = ["spirit"] if "spirit" in systems else []
-    for domain in experiment.data.ingredients:
+    # What a guard chose may be a system that is not compared by itself.
+    is_guarded = "guarded" in systems
+    reads = ["spirit"] if "spirit" in systems or (is_guarded and experiment.data.spirit) else []
+    for domain in experiment.data.tested:
         reads.append(f"data/{domain}")
-        if "ingredient" in systems:
+        is_ingredient = domain in experiment.data.ingredients
+        if is_ingredient and ("ingredient" in systems or is_guarded):
             reads.append(f"ingredients/{domain}")
-        if systems & {"uniform", "cocktail"}:
+        if is_ingredient and "joint" in systems:
+            reads.append(f"controls/joint/{domain}")
+        if any(experiment.is_mixed(system) for system in systems):
             reads.append(f"cocktails/{domain}")
     return Recipe(
         {

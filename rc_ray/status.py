@@ -14,6 +14,7 @@ from rc_ray.artifacts import MANIFEST, RunFolder, fingerprint, read_json, sha256
 from rc_ray.config import Experiment
 from rc_ray.core.sources import domain_names
 from rc_ray.errors import ArtifactError
+from rc_ray.guard import ARTICLES, read_guard
 from rc_ray.prepare import fingerprint_config
 
 State = Literal["finished", "stale", "missing", "unneeded"]
@@ -38,11 +39,15 @@ def dump(experiment: Experiment) -> str:
 def read_status(experiment: Experiment) -> list[StageStatus]:
     """State of every stage. Reads manifests only: raw files and outputs are not hashed anew."""
     run = RunFolder(experiment.run_dir)
+    has_joint = "joint" in experiment.evaluate.systems
     folders = {
         "prepare": [run.domain_dir(name) for name in experiment.data.domains],
         "train": [run.spirit_dir],
-        "tune": [run.ingredient_dir(name) for name in experiment.data.ingredients],
-        "merge": [run.cocktail_dir(name) for name in experiment.data.ingredients],
+        "tune": [
+            *(run.ingredient_dir(name) for name in experiment.data.ingredients),
+            *(run.joint_dir(name) for name in experiment.data.ingredients if has_joint),
+        ],
+        "merge": [run.cocktail_dir(name) for name in experiment.data.tested],
         "evaluate": [run.evaluate_dir],
         "report": [run.report_dir],
     }
@@ -66,6 +71,19 @@ def read_status(experiment: Experiment) -> list[StageStatus]:
             state, details = "unneeded", []
         result.append(StageStatus(stage, state, "; ".join(details)))
     return result
+
+
+def told_by_guards(experiment: Experiment) -> Iterator[str]:
+    """By domain that has a cocktail: what is served and why.
+
+    Raises:
+        ArtifactError: what a guard said is damaged.
+    """
+    run = RunFolder(experiment.run_dir)
+    for domain in experiment.data.tested:
+        verdict = read_guard(run.cocktail_dir(domain))
+        if verdict is not None:
+            yield f"{domain}: the guard serves {ARTICLES[verdict.chosen]}. {verdict.sentences}"
 
 
 def _reasons(
@@ -109,6 +127,7 @@ def _wanted(
     recipe = {
         run.spirit_dir: lambda: recipes.spirit(experiment),
         run.ingredient_dir(domain): lambda: recipes.ingredient(experiment, domain),
+        run.joint_dir(domain): lambda: recipes.joint(experiment, domain),
         run.cocktail_dir(domain): lambda: recipes.cocktail(experiment, domain),
         run.evaluate_dir: lambda: recipes.evaluation(experiment),
         run.report_dir: lambda: recipes.report(experiment),

@@ -295,7 +295,10 @@ def test_a_spirit_cannot_be_trained_on_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.spirit=[]", "names spirit, uniform, cocktail, made from a base spirit, but"),
+        (
+            "data.spirit=[]",
+            "names spirit, uniform, cocktail, guarded, made from a base spirit",
+        ),
         ("data.more_candidates={main: {num_negatives: 3}}", "names main and catalogue are taken"),
         ("evaluate.num_catalogue_users=null", "set `evaluate.num_catalogue_users: 0`"),
     ],

@@ -32,6 +32,26 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("evaluate.calibration={chosen_by: luck}", "'clicks', 'unlabeled' or 'fixed'"),
         ("data.unlabeled_fraction=0", "greater than 0"),
         ("data.unlabeled_fraction=1", "less than 1"),
+        ("data.guests=[tools]", "tools stands under both `ingredients` and `guests`"),
+        ("data.guests=[lamps]", "lamps stands under both `spirit` and `guests`"),
+        ("data.guests=[moon]", "no source defines the domain moon"),
+        ("merge.neighbours=[lamps]", "names lamps, which has no ingredient; take some of"),
+        ("merge.mixes={spirit: {method: ties}}", "`spirit`, which is a system of its own"),
+        ("merge.mixes={guarded: {method: ties}}", "`guarded`, which is a system of its own"),
+        (
+            "merge.mixes={a: {method: linear, weights: [1]}}",
+            "has 1 values, but on tools",
+        ),
+        ("evaluate.systems=[base, ties]", "names ties, which is neither one of popularity"),
+        ("serve.system=guarded", "names guarded, which is neither one of spirit"),
+        (
+            "merge.mixes={a: {method: learned, objective: clicks, prompts_of: scored_users}}",
+            "those of `prompts_of: scored_users` are what is tested",
+        ),
+        (
+            "merge.mixes={a: {method: learned, objective: vocabulary_entropy, over: catalogue}}",
+            "is of the LLM's own tokens; leave out `over`",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(path: Path, override: str, words: str) -> None:
@@ -39,6 +59,29 @@ def test_what_cannot_work_is_refused(path: Path, override: str, words: str) -> N
         load(path, (override,))
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_mix_over_the_catalogue_needs_another_style(path: Path) -> None:
+    style = ("train.style=instruct", "tune.style=instruct")
+    for field in ("merge", "merge.mixes.all"):
+        mix = (f"{field}.method=learned", f"{field}.over=catalogue")
+        with pytest.raises(ConfigError, match=f"`{field}.over: catalogue` does not go with"):
+            load(path, (*style, *mix))
+
+
+def test_what_is_mixed_follows_from_the_roles(path: Path) -> None:
+    guest = ("data.spirit=[lamps]", "data.guests=[rivers]")
+    made = load(path, guest)
+    assert made.adapter_names("tools") == ("spirit", "ingredient")
+    assert made.adapter_names("rivers") == ("spirit", "tools")
+    both = ("data.spirit=[]", "data.ingredients=[tools,rivers,lamps]")
+    made = load(path, (*both, "merge.neighbours=all", "evaluate.systems=[cocktail]"))
+    assert made.adapter_names("rivers") == ("ingredient", "tools", "lamps")
+    made = load(path, (*both, "merge.neighbours=[tools]", "evaluate.systems=[base]"))
+    assert made.adapter_names("rivers") == ("ingredient", "tools")
+    assert made.adapter_names("tools") == ("ingredient",)
+    with pytest.raises(ConfigError, match="`data.spirit` names no domain"):
+        load(path, (*both, "merge.neighbours=[tools]", "evaluate.systems=[cocktail]"))
 
 
 def test_train_and_tune_may_say_the_same_form_in_two_ways(path: Path) -> None:

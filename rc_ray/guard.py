@@ -1,0 +1,203 @@
+"""The guard of a cocktail: what it has to beat on validation clicks before it is served.
+
+Validation users choose each system's calibration too, so all compared systems have the same
+advantage of having been fitted to them. No test user has a part in it.
+
+Letters: N validation users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rc_ray.artifacts import read_json
+from rc_ray.core.bootstrap import compare_systems
+from rc_ray.errors import ArtifactError
+from rc_ray.merge_config import GuardConfig
+from rc_ray.results import LEVEL
+from rc_ray.shards import Calibration
+
+NUM_BOOTSTRAP = 2000
+GUARD_FILE = "guard.json"
+COCKTAIL = "cocktail"
+CONTROLS = ("spirit", "ingredient", "uniform")
+"""What a cocktail is compared with, where the domain has it."""
+ARTICLES = {
+    "cocktail": "the cocktail",
+    "spirit": "the base spirit",
+    "ingredient": "the ingredient",
+    "uniform": "the uniform average",
+}
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One system on the validation users, under the calibration that they chose for it."""
+
+    ndcg: Floats
+    """(N,)"""
+    hr1: Floats
+    """(N,)"""
+    calibration: Calibration
+
+
+@dataclass(frozen=True)
+class Entropies:
+    """Mean entropy of the first and of the last epoch of the weights' learning, in nats."""
+
+    first: float
+    last: float
+
+
+def decide(
+    judged: Mapping[str, Judged],
+    config: GuardConfig,
+    entropies: Entropies | None,
+    *,
+    num_bootstrap: int = NUM_BOOTSTRAP,
+    seed: int,
+) -> dict[str, Any]:
+    """What is served on a domain and why, in the form of `guard.json`.
+
+    The fallback is the control with the highest NDCG, where that is ahead of the cocktail by more
+    than the margin; of equal controls the first in `CONTROLS`.
+
+    Args:
+        judged: the cocktail and its controls on the same users; empty where there are none.
+        config: the margin, and whether the guard is on.
+        entropies: of the learning, where an entropy was what it lowered.
+        num_bootstrap: samples of the paired comparison.
+        seed: of the resampling.
+    """
+    if not config.enabled:
+        return _unjudged("`merge.guard.enabled` is false, so the cocktail was compared to nothing.")
+    if COCKTAIL not in judged:
+        return _unjudged("There is no validation user, so the cocktail was compared to nothing.")
+    num_users = len(judged[COCKTAIL].ndcg)
+    means = {name: float(one.ndcg.mean()) for name, one in judged.items()}
+    p_values = _p_values(judged, num_bootstrap, seed)
+    own = means[COCKTAIL]
+    controls = [name for name in CONTROLS if name in judged]
+    best = max(controls, key=lambda name: means[name], default=None)
+    if best is not None and means[best] - own > config.margin:
+        chosen = best
+        why = (
+            f"{_sentence(ARTICLES[best])} is ahead of the cocktail by {means[best] - own:.3f} NDCG "
+            f"on {num_users} validation users ({means[best]:.3f} against {own:.3f}, "
+            f"p = {p_values[best]:.2g}), more than the margin of {config.margin:g}."
+        )
+    else:
+        chosen = COCKTAIL
+        told = ", ".join(f"{ARTICLES[name]} {means[name]:.3f}" for name in controls)
+        why = (
+            f"No control is ahead of the cocktail (NDCG {own:.3f}) by more than the margin of "
+            f"{config.margin:g} on {num_users} validation users: {told}."
+        )
+    return {
+        "chosen": chosen,
+        "why": why,
+        "num_valid_users": num_users,
+        "systems": {
+            name: {
+                "ndcg": means[name],
+                "hr1": float(one.hr1.mean()),
+                "alpha": one.calibration.alpha,
+                "gamma": one.calibration.gamma,
+                "prior_in_trie": one.calibration.prior_in_trie,
+                "p_value": p_values.get(name),
+            }
+            for name, one in judged.items()
+        },
+        "collapse": _collapse(means, p_values, entropies),
+    }
+
+
+def _unjudged(why: str) -> dict[str, Any]:
+    return {
+        "chosen": COCKTAIL,
+        "why": why,
+        "num_valid_users": 0,
+        "systems": {},
+        "collapse": None,
+    }
+
+
+def _p_values(judged: Mapping[str, Judged], num_bootstrap: int, seed: int) -> dict[str, float]:
+    """Of each control's paired difference to the cocktail, not corrected for their number."""
+    if len(judged) < 2:
+        return {}
+    found = compare_systems({"": {n: one.ndcg for n, one in judged.items()}}, num_bootstrap, seed)
+    return {
+        pair.b if pair.a == COCKTAIL else pair.a: pair.p_value
+        for pair in found[""].pairs
+        if COCKTAIL in (pair.a, pair.b)
+    }
+
+
+def _collapse(
+    means: Mapping[str, float], p_values: Mapping[str, float], entropies: Entropies | None
+) -> str | None:
+    """Whether learning made the mix surer and worse than the equal weights that it began with."""
+    if entropies is None or "uniform" not in means or entropies.last >= entropies.first:
+        return None
+    lost = means["uniform"] - means[COCKTAIL]
+    if lost <= 0 or p_values["uniform"] >= LEVEL:
+        return None
+    return (
+        f"Confident and wrong: learning the weights lowered the entropy from {entropies.first:.3f} "
+        f"to {entropies.last:.3f} nats, and NDCG from {means['uniform']:.3f} (equal weights) to "
+        f"{means[COCKTAIL]:.3f} (p = {p_values['uniform']:.2g})."
+    )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A `guard.json` read back."""
+
+    chosen: str
+    why: str
+    num_valid_users: int
+    systems: Mapping[str, Mapping[str, Any]]
+    collapse: str | None
+
+    @property
+    def sentences(self) -> str:
+        """Why it chose so, and the collapse if there was one."""
+        return self.why if self.collapse is None else f"{self.why} {self.collapse}"
+
+
+def read_guard(cocktail_dir: Path) -> Verdict | None:
+    """What the guard of a domain's cocktail said; None where there is no such file.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    path = cocktail_dir / GUARD_FILE
+    if not path.exists():
+        return None
+    raw = read_json(path)
+    try:
+        verdict = Verdict(
+            chosen=raw["chosen"],
+            why=str(raw["why"]),
+            num_valid_users=int(raw["num_valid_users"]),
+            systems=dict(raw["systems"]),
+            collapse=raw["collapse"],
+        )
+    except (KeyError, TypeError, ValueError):
+        verdict = None
+    if verdict is None or verdict.chosen not in ARTICLES:
+        raise ArtifactError(f"{path}: damaged; run `rc-ray merge --force`")
+    return verdict

@@ -1,0 +1,79 @@
+"""Whose histories guide a merge, and what is told of their next items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rc_ray.core.domains import Domain, RankingCase, sample
+from rc_ray.core.predictions import UnlabeledPrompt
+from rc_ray.core.pseudo_users import pseudo_users
+from rc_ray.errors import UserError
+from rc_ray.merge_config import LearnedMix, SearchedMix
+
+
+def prompts_for(
+    domain: Domain,
+    config: LearnedMix | SearchedMix,
+    seed: int,
+    *,
+    num_test_users: int | None,
+    split_seed: int,
+) -> list[UnlabeledPrompt]:
+    """The prompts that a mix is learned on; their next items only where the objective is of clicks.
+
+    `objective: distillation` gets made-up users and reads no log at all.
+
+    Args:
+        domain: prepared.
+        config: how many, of whom, and for which objective.
+        seed: of the sample.
+        num_test_users: of the evaluation, which `prompts_of: scored_users` draws from.
+        split_seed: with which the evaluation draws them.
+
+    Raises:
+        UserError: the domain has no user of the kind.
+        ValueError: the catalogue has too few titles to make users up.
+    """
+    with_target = isinstance(config, SearchedMix) or config.objective == "clicks"
+    if isinstance(config, LearnedMix):
+        if config.objective == "distillation":
+            return pseudo_users(domain.titles, config.num_prompts, seed)
+        if config.prompts_of == "scored_users":
+            scored = scored_cases(domain, num_test_users, split_seed)
+            if not scored:
+                raise UserError("it has no warm test user, whom `prompts_of: scored_users` needs")
+            return prompts_of(domain, sample(scored, config.num_prompts, seed))
+    prompts = unlabeled_prompts(domain, config.num_prompts, seed, with_target=with_target)
+    if not prompts:
+        raise UserError("it has no users for unlabeled prompts; raise `data.unlabeled_fraction`")
+    return prompts
+
+
+def scored_cases(domain: Domain, num_test_users: int | None, seed: int) -> list[RankingCase]:
+    """The warm test cases that an evaluation ranks."""
+    return sample(domain.cases("test", "warm"), num_test_users, seed)
+
+
+def unlabeled_prompts(
+    domain: Domain, num_prompts: int, seed: int, *, with_target: bool = False
+) -> list[UnlabeledPrompt]:
+    """Histories and candidate lists of users who are never scored, before their validation click.
+
+    No click is told unless `with_target`; it is the validation click then.
+    """
+    cases = domain.cases("valid", "warm", "unlabeled")
+    return prompts_of(domain, sample(cases, num_prompts, seed), with_target=with_target)
+
+
+def prompts_of(
+    domain: Domain, cases: Sequence[RankingCase], *, with_target: bool = False
+) -> list[UnlabeledPrompt]:
+    """Histories and candidate lists of some cases."""
+    return [
+        UnlabeledPrompt(
+            tuple(domain.titles[item] for item in case.history),
+            case.candidates,
+            target=case.candidates.index(case.target) if with_target else None,
+        )
+        for case in cases
+    ]

@@ -1,0 +1,350 @@
+"""One mix of a domain's adapters: its weights, one LoRA on disk, the proof that it is that mix.
+
+Letters: L adapted linear layers, K adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rc_ray.artifacts import write_json, write_text
+from rc_ray.config import EvaluateConfig
+from rc_ray.core.adapters import Adapter, load_adapter, save_adapter
+from rc_ray.core.compression import compressed
+from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
+from rc_ray.core.loading import choose_dtype, load_language_model
+from rc_ray.core.merging import concatenate, layers_of, merge_fixed_measured
+from rc_ray.core.model import AdapterMix, LanguageModel
+from rc_ray.core.predictions import CalibratedScore, UnlabeledPrompt
+from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.random_lora import random_like
+from rc_ray.core.ranking import Ranker
+from rc_ray.core.weight_search import search_weights
+from rc_ray.core.weighting import WeightingStep, learn_weights, num_weighting_steps
+from rc_ray.engines import local_model_dir
+from rc_ray.errors import ArtifactError
+from rc_ray.guard import Judged
+from rc_ray.guard_scores import judge
+from rc_ray.merge_config import FixedMix, GuardConfig, LearnedMix, MixConfig, SearchedMix
+from rc_ray.merge_prompts import prompts_for, unlabeled_prompts
+from rc_ray.shards import Stopwatch
+
+_NUM_CHECK_PROMPTS = 4
+_FOLD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of a logit allowed after folding, over the largest logit."""
+
+
+class OpenDomain:
+    """What all mixes of one domain share; each part is loaded once, when it is first asked for.
+
+    Args:
+        order: of the domain, see `merge.make_order`.
+    """
+
+    def __init__(self, order: Mapping[str, Any]) -> None:
+        self.order = order
+        self.model_name: str = order["config"]["model"]["path"]
+        self.with_prior: bool = order["config"]["with_prior"]
+        self.evaluate = EvaluateConfig.model_validate(order["evaluate"])
+        self.guard = GuardConfig.model_validate(order["config"]["merge"]["guard"])
+
+    @cached_property
+    def adapters(self) -> dict[str, Adapter]:
+        """By name: spirit, ingredient, then other domains'."""
+        return {
+            name: load_adapter(Path(folder), self.model_name)
+            for name, folder in self.order["adapters"].items()
+        }
+
+    @cached_property
+    def domain(self) -> Domain:
+        return read_domain(Path(self.order["domain_dir"]))
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        device = "cuda" if self.order["use_gpu"] else "cpu"
+        return load_language_model(
+            local_model_dir(self.order["model_dir"], self.model_name),
+            choose_dtype(self.order["config"]["model"]["dtype"], device),
+            device,
+        )
+
+    def ranker(self, max_titles: int) -> Ranker:
+        """Of the domain's catalogue; all of them share its trie."""
+        made = copy.copy(self._ranker)
+        made.max_titles = max_titles
+        return made
+
+    @cached_property
+    def _ranker(self) -> Ranker:
+        return Ranker(
+            self.lm,
+            self.domain.name,
+            self.domain.titles,
+            self.domain.num_train,
+            PromptRenderer(self.lm.tokenizer, self.order["config"]["style"]),
+            tokens_per_batch=self.order["tokens_per_batch"],
+        )
+
+    @cached_property
+    def check_texts(self) -> list[list[int]]:
+        """Prompts whose next token is compared after folding, as tokens."""
+        found = unlabeled_prompts(self.domain, _NUM_CHECK_PROMPTS, self.order["seed"])
+        ranker = self.ranker(self.evaluate.max_titles)
+        return [
+            ranker.renderer.prompt(ranker.domain, history[-ranker.max_titles :])
+            for history in [prompt.history for prompt in found] or [()]
+        ]
+
+    @cached_property
+    def valid_cases(self) -> list[RankingCase]:
+        """Validation clicks that the guard compares systems on."""
+        cases = self.domain.cases("valid", "warm")
+        return sample(cases, self.guard.num_valid_users, self.order["split_seed"])
+
+    def judged(self, adapters: Mapping[str, Adapter]) -> dict[str, Judged]:
+        """Systems on the validation users; empty where there are none."""
+        return judge(
+            self.ranker(self.evaluate.max_titles),
+            adapters,
+            self.valid_cases,
+            self.domain.log_prior(),
+            self.evaluate,
+            with_prior=self.with_prior,
+            negatives=self.order["negatives"],
+        )
+
+    def calibration(self, adapters: Sequence[Adapter]) -> tuple[CalibratedScore, bool]:
+        """Settings of the score under equal weights, and whether the prior is in the trie."""
+        equal = merge_fixed_measured(adapters, FixedMix(method="linear"), 0)[0]
+        found = self.judged({"uniform": equal})
+        if not found:
+            return CalibratedScore(0.0, 0.0, self.domain.log_prior()), self.with_prior
+        chosen = found["uniform"].calibration
+        score = CalibratedScore(chosen.alpha, chosen.gamma, self.domain.log_prior())
+        return score, chosen.prior_in_trie
+
+
+@dataclass(frozen=True)
+class _Mixed:
+    adapter: Adapter
+    """One LoRA."""
+    acting: AdapterMix
+    """What it must be equal to when it is folded."""
+    errors: dict[str, float]
+    """Layer -> what the rank cost, over the update's norm."""
+    weights: dict[str, list[float]] | None = None
+    """Layer -> K weights; None where no weighted sum was made."""
+    curve: tuple[dict[str, Any], ...] = ()
+    metrics: Mapping[str, Any] | None = None
+
+
+def make_mix(
+    opened: OpenDomain,
+    name: str,
+    plan: Mapping[str, Any],
+    config: MixConfig,
+    work: Path,
+    log: TextIO,
+) -> dict[str, Any]:
+    """Mix, save and check; writes everything but the manifest into `work`.
+
+    Args:
+        opened: the domain.
+        name: of the mix.
+        plan: `rank`, and which adapters are `random` ones in this mix.
+        config: the method.
+        work: an empty folder.
+        log: takes a line per step, for who watches.
+
+    Returns:
+        What the manifest tells.
+
+    Raises:
+        UserError: the domain lacks what the method needs, or the saved mix is not what was mixed.
+    """
+    watch = Stopwatch()
+    adapters = [
+        random_like(adapter, opened.order["seed"]) if one in plan["random"] else adapter
+        for one, adapter in opened.adapters.items()
+    ]
+    rank = plan["rank"]
+    if isinstance(config, FixedMix):
+        mixed = _by_formula(config, adapters, rank, opened.order["seed"])
+    else:
+        mixed = _by_learning(opened, name, config, adapters, rank, log)
+    save_adapter(work, mixed.adapter, opened.model_name)
+    check = fold_check(opened.lm, opened.check_texts, mixed.acting, load_adapter(work))
+    if not check["relative"] <= _FOLD_TOLERANCE[opened.lm.dtype]:
+        raise ArtifactError(
+            f"the folded {name}'s logits are off by {check['max_abs_logit_difference']:.3g}; "
+            "set `model.dtype: float32` and merge again"
+        )
+    write_json(work / "fold_check.json", check)
+    metrics: dict[str, Any] = {"method": config.method, **(mixed.metrics or {})}
+    if mixed.weights is not None:
+        modules = sorted(mixed.weights)
+        rows = [mixed.weights[module] for module in modules]
+        names = list(opened.adapters)
+        write_json(work / "weights.json", {"modules": modules, "adapters": names, "weights": rows})
+        means = np.mean(rows, axis=0).tolist()
+        metrics["mean_weights"] = dict(zip(names, means, strict=True))
+    if mixed.curve:
+        lines = "".join(json.dumps(row) + "\n" for row in mixed.curve)
+        write_text(work / "entropy.jsonl", lines)
+    if any(mixed.errors.values()):
+        write_json(work / "compression.json", {"rank": rank, "relative_errors": mixed.errors})
+    return {
+        **metrics,
+        "rank": max(int(pair.a.shape[0]) for pair in mixed.adapter.modules.values()),
+        "max_relative_error": max(mixed.errors.values()),
+        "fold_check": check,
+        "seconds": round(watch.lap(), 1),
+        "peak_memory_mb": round(watch.peak_memory_mb(), 1),
+    }
+
+
+def _by_formula(
+    config: FixedMix, adapters: Sequence[Adapter], rank: int | None, seed: int
+) -> _Mixed:
+    merged, errors = merge_fixed_measured(adapters, config, seed, rank)
+    weights = None
+    if config.method == "linear":
+        row = list(config.weights or [1.0 / len(adapters)] * len(adapters))
+        weights = dict.fromkeys(layers_of(adapters), row)
+    return _Mixed(merged, AdapterMix([merged]), errors, weights)
+
+
+def _by_learning(
+    opened: OpenDomain,
+    name: str,
+    config: LearnedMix | SearchedMix,
+    adapters: Sequence[Adapter],
+    rank: int | None,
+    log: TextIO,
+) -> _Mixed:
+    prompts = prompts_for(
+        opened.domain,
+        config,
+        opened.order["seed"],
+        num_test_users=opened.evaluate.num_test_users,
+        split_seed=opened.order["split_seed"],
+    )
+    ranker = opened.ranker(config.max_titles)
+    num_steps = num_weighting_steps(len(prompts), config)
+    per_epoch = num_steps // config.num_epochs if isinstance(config, LearnedMix) else 1
+    curve = []
+    for step in _steps(opened, ranker, adapters, prompts, config):
+        row = {
+            "step": step.step,
+            "entropy": step.entropy,
+            "objective": step.objective,
+            "mean_prediction_entropy": step.mean_prediction_entropy,
+            "num_reliable": step.num_reliable,
+            "num_steps": num_steps,
+        }
+        curve.append(row)
+        log.write(json.dumps({"mix": name, **row}) + "\n")
+        log.flush()
+    weights = step.weights
+    exact = concatenate(adapters, weights)
+    merged, errors = exact, dict.fromkeys(exact.modules, 0.0)
+    if rank is not None:
+        merged, errors = compressed(exact, rank)
+    if any(errors.values()):
+        acting = AdapterMix([merged])
+    else:  # the mix as it was learned, not as it was put together
+        mix = AdapterMix(adapters)
+        rows = torch.tensor([weights[module] for module in mix.modules], device=opened.lm.device)
+        acting = mix.with_weights(rows)
+    metrics: dict[str, Any] = {
+        "num_prompts": len(prompts),
+        "num_steps": len(curve),
+        "first_entropy": float(np.mean([row["entropy"] for row in curve[:per_epoch]])),
+        "last_entropy": float(np.mean([row["entropy"] for row in curve[-per_epoch:]])),
+        "last_objective": float(np.mean([row["objective"] for row in curve[-per_epoch:]])),
+    }
+    if isinstance(config, LearnedMix):
+        metrics["objective"] = config.objective
+        if config.objective != "distillation":
+            metrics["prompts_of"] = config.prompts_of
+    else:
+        metrics["prompts_of"] = "other_users"
+    return _Mixed(merged, acting, errors, weights, tuple(curve), metrics)
+
+
+def _steps(
+    opened: OpenDomain,
+    ranker: Ranker,
+    adapters: Sequence[Adapter],
+    prompts: Sequence[UnlabeledPrompt],
+    config: LearnedMix | SearchedMix,
+) -> Iterator[WeightingStep]:
+    seed = opened.order["seed"]
+    if isinstance(config, SearchedMix):
+        return search_weights(ranker, adapters, prompts, config, seed, with_prior=opened.with_prior)
+    calibration, with_prior = None, opened.with_prior
+    if config.score == "calibrated":
+        calibration, with_prior = opened.calibration(adapters)
+    return learn_weights(
+        ranker,
+        adapters,
+        prompts,
+        config,
+        seed,
+        with_prior=with_prior,
+        micro_batch_size=opened.order["micro_batch_size"],
+        calibration=calibration,
+    )
+
+
+def fold_check(
+    lm: LanguageModel, texts: Sequence[Sequence[int]], acting: AdapterMix, saved: Adapter
+) -> dict[str, float]:
+    """Compare a saved mix, folded into the weights, with the mix as it acts at run time.
+
+    Args:
+        lm: the base LLM.
+        texts: token ids of prompts.
+        acting: the mix as it was made.
+        saved: read back from disk.
+
+    Returns:
+        `max_abs_logit_difference` and `relative` (over the largest absolute logit) of the next
+        token after the prompts, and `kl`, the mean divergence of its distribution in nats.
+    """
+
+    def logits() -> list[Tensor]:
+        return [
+            lm.model(input_ids=torch.tensor([text], device=lm.device)).logits[0, -1].float()
+            for text in texts
+        ]
+
+    with torch.no_grad():
+        with lm.using(acting):
+            expected = logits()
+        with lm.folded(saved):
+            found = logits()
+    pairs = list(zip(expected, found, strict=True))
+    difference = max(float((a - b).abs().max()) for a, b in pairs)
+    divergence = [
+        torch.nn.functional.kl_div(
+            b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum"
+        )
+        for a, b in pairs
+    ]
+    return {
+        "max_abs_logit_difference": difference,
+        "relative": difference / max(float(a.abs().max()) for a in expected),
+        "kl": float(torch.stack(divergence).mean()),
+    }

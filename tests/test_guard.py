@@ -1,0 +1,115 @@
+"""What the guard decides on scores made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rc_ray import artifacts
+from rc_ray.errors import ArtifactError
+from rc_ray.guard import Entropies, Judged, decide, read_guard
+from rc_ray.merge_config import GuardConfig
+from rc_ray.shards import Calibration
+
+
+def judged(**ndcg: list[float]) -> dict[str, Judged]:
+    """Users of each system repeated, so that a difference of all of them is no noise."""
+    return {
+        name: Judged(np.tile(values, 10), np.tile(values, 10) > 0.9, Calibration(0.5, 1.0, True))
+        for name, values in ndcg.items()
+    }
+
+
+def decided(
+    systems: dict[str, Judged], margin: float = 0.0, entropies: Entropies | None = None
+) -> dict[str, object]:
+    config = GuardConfig(margin=margin)
+    return decide(systems, config, entropies, num_bootstrap=500, seed=0)
+
+
+def test_the_best_control_is_served_where_it_is_ahead() -> None:
+    systems = judged(
+        cocktail=[0.5, 0.7], spirit=[0.4, 0.6], ingredient=[0.9, 0.7], uniform=[0.6, 0.7]
+    )
+    found = decided(systems)
+    assert found["chosen"] == "ingredient"
+    assert found["why"] == (
+        "The ingredient is ahead of the cocktail by 0.200 NDCG on 20 validation users (0.800 "
+        f"against 0.600, p = {found['systems']['ingredient']['p_value']:.2g}), more than the "
+        "margin of 0."
+    )
+    assert found["systems"]["spirit"] == {
+        "ndcg": pytest.approx(0.5),
+        "hr1": 0.0,
+        "alpha": 0.5,
+        "gamma": 1.0,
+        "prior_in_trie": True,
+        "p_value": pytest.approx(1 / 501),  # every user loses as much
+    }
+    assert found["systems"]["cocktail"]["p_value"] is None
+    assert found["collapse"] is None
+
+
+@pytest.mark.parametrize(("margin", "chosen"), [(0.0, "uniform"), (0.04, "uniform"), (0.06, "")])
+def test_a_control_must_be_ahead_by_more_than_the_margin(margin: float, chosen: str) -> None:
+    found = decided(judged(cocktail=[0.5, 0.5], uniform=[0.5, 0.6]), margin)
+    assert found["chosen"] == (chosen or "cocktail")
+
+
+def test_equals_are_no_reason_to_refuse() -> None:
+    same = [0.25, 0.75]
+    found = decided(judged(cocktail=same, spirit=same, uniform=same))
+    assert found["chosen"] == "cocktail"
+    assert "No control is ahead of the cocktail (NDCG 0.500)" in str(found["why"])
+    assert "the base spirit 0.500, the uniform average 0.500" in str(found["why"])
+
+
+def test_of_equal_controls_the_first_is_served() -> None:
+    found = decided(judged(cocktail=[0.1, 0.1], uniform=[0.3, 0.3], spirit=[0.3, 0.3]))
+    assert found["chosen"] == "spirit"
+
+
+def test_a_collapse_is_named_where_entropy_and_quality_fall_together() -> None:
+    systems = judged(cocktail=[0.3, 0.5], uniform=[0.5, 0.7])
+    found = decided(systems, entropies=Entropies(2.0, 1.5))
+    assert str(found["collapse"]).startswith(
+        "Confident and wrong: learning the weights lowered the entropy from 2.000 to 1.500 nats, "
+        "and NDCG from 0.600 (equal weights) to 0.400 (p = "
+    )
+    assert decided(systems, entropies=Entropies(2.0, 2.1))["collapse"] is None
+    assert decided(systems)["collapse"] is None  # no entropy was lowered
+    better = judged(cocktail=[0.5, 0.7], uniform=[0.3, 0.5])
+    assert decided(better, entropies=Entropies(2.0, 1.5))["collapse"] is None
+
+
+def test_a_difference_that_is_noise_is_no_collapse() -> None:
+    systems = judged(cocktail=[0.3, 0.7], uniform=[0.7, 0.31])
+    found = decided(systems, entropies=Entropies(2.0, 1.5))
+    assert found["chosen"] == "uniform"  # which the margin is for
+    assert found["collapse"] is None
+
+
+def test_nothing_to_compare_serves_the_cocktail() -> None:
+    found = decided({})
+    assert (found["chosen"], found["num_valid_users"], found["systems"]) == ("cocktail", 0, {})
+    config = GuardConfig(enabled=False)
+    off = decide(judged(cocktail=[0.1], spirit=[0.9]), config, None, num_bootstrap=9, seed=0)
+    assert off["chosen"] == "cocktail"
+    assert "`merge.guard.enabled` is false" in off["why"]
+
+
+def test_what_was_written_is_read_and_damage_is_named(tmp_path: Path) -> None:
+    assert read_guard(tmp_path) is None
+    systems = judged(cocktail=[0.3, 0.5], uniform=[0.5, 0.7])
+    artifacts.write_json(tmp_path / "guard.json", decided(systems, entropies=Entropies(2.0, 1.5)))
+    verdict = read_guard(tmp_path)
+    assert verdict is not None
+    assert verdict.chosen == "uniform"
+    assert verdict.sentences.startswith("The uniform average is ahead")
+    assert "Confident and wrong" in verdict.sentences
+    for broken in ({}, {"chosen": "magic", "why": "", "num_valid_users": 1, "systems": {}}, []):
+        artifacts.write_json(tmp_path / "guard.json", broken)
+        with pytest.raises(ArtifactError, match="guard.json: damaged; run `rc-ray merge --force`"):
+            read_guard(tmp_path)
