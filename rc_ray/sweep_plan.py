@@ -38,6 +38,8 @@ class Trial:
     inputs: dict[str, str]
     scheduler: dict[str, Any] | None = None
     """What may stop it early."""
+    pooled: tuple[str, ...] = ()
+    """Further domains whose histories it trains on."""
 
     @property
     def metrics_path(self) -> Path:
@@ -154,6 +156,7 @@ def trial_config(
         "tokens_per_batch": experiment.evaluate.tokens_per_batch,
         "setting": trial.setting.model_dump(mode="json"),
         "domain_dir": str(folder.domain_dir(trial.domain)),
+        "pooled_dirs": [str(folder.domain_dir(name)) for name in trial.pooled],
         "folder": str(trial.folder),
         "training_fingerprint": trial.training_fingerprint,
         "config": trial.config,

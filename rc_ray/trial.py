@@ -185,7 +185,7 @@ def _train(
     checkpoint = folder / CHECKPOINT
     learner = build_learner(
         lm,
-        [domain],
+        [domain, *(read_domain(Path(place)) for place in trial.get("pooled_dirs", ()))],
         setting,
         seed=trial["seed"],
         num_listed=trial["num_listed"],

@@ -93,7 +93,7 @@ def _train(trial: dict[str, Any], folder: Path) -> None:
             "num_listed": trial["num_listed"],
             "model": trial["model"],
             "model_dir": trial["model_dir"],
-            "domain_dirs": [trial["domain_dir"]],
+            "domain_dirs": [trial["domain_dir"], *trial.get("pooled_dirs", ())],
             "tracking": trial["tracking"],
             "run_dir": trial["run_dir"],
             "curve": curve_name(trial),

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from rc_ray import artifacts, recipes, tracking
+from rc_ray import artifacts, joint, recipes, tracking
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.curves import read_metrics
@@ -54,7 +54,8 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         console: shows progress.
 
     Returns:
-        The folder with one PEFT LoRA folder per domain, and the sweep's summary.
+        The folder with one PEFT LoRA folder per domain, and the sweep's summary. Where the system
+        `joint` is compared, its LoRAs lie in `controls/joint/<domain>`.
 
     Raises:
         ConfigError: the cluster has no room for a single trial, or no trial could do what is asked.
@@ -122,6 +123,8 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         raise IngredientsFailed(
             "\n".join(f"tune: no ingredient for {name}: {why}" for name, why in failed.items())
         )
+    if "joint" in experiment.evaluate.systems:
+        joint.run(experiment, folder, _fit, force=force, console=console)
     return target
 
 
