@@ -63,6 +63,8 @@ class DomainScores:
     catalogue_cases: Cases
     """By split."""
     systems: Mapping[System, SystemScores]
+    aliases: Mapping[System, System] = field(default_factory=dict)
+    """Another name of a system -> the system: what a guard chose, under the name `guarded`."""
 
     @property
     def splits(self) -> list[str]:

@@ -96,7 +96,7 @@ def last_screen(experiment: Experiment, path: Path) -> None:
         console = Console(highlight=False, width=120)
     console.print()
     console.print(summary_table(results))
-    for sentence in in_short(results, experiment.data.ingredients):
+    for sentence in in_short(results, experiment.data.tested):
         console.print(f"- {escape(sentence)}", soft_wrap=True)
     program = Path(sys.argv[0]).name
     if Path(sys.argv[0]).absolute().parent == Path(sys.executable).absolute().parent:

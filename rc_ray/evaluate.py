@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
 from rc_ray.baseline_scores import BaselineRun, read_baseline
+from rc_ray.compared import chosen_by_guard, left_out, scored_adapters
 from rc_ray.comparison import DomainScores, SystemScores, calibrate, catalogue_ranks
 from rc_ray.config import BASELINES, Experiment, System
 from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
@@ -40,15 +41,6 @@ from rc_ray.shards import (
 from rc_ray.tables import compare
 
 __all__ = ["EvaluationFailed", "run"]
-
-_ADAPTERS: dict[System, str] = {
-    "base": "",
-    "spirit": "spirit",
-    "ingredient": "ingredients/{domain}",
-    "uniform": "cocktails/{domain}/uniform",
-    "cocktail": "cocktails/{domain}",
-}
-"""Where a system's adapter lies in the run folder."""
 
 _WORK = "evaluate.work"
 
@@ -82,10 +74,12 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         console.note(f"{target} is up to date")
         return target
     start = time.monotonic()
-    domains = {name: read_domain(folder.domain_dir(name)) for name in experiment.data.ingredients}
+    domains = {name: read_domain(folder.domain_dir(name)) for name in experiment.data.tested}
     plans = [plan(experiment, folder, domain, inputs) for domain in domains.values()]
     if force:
         shutil.rmtree(folder.root / _WORK, ignore_errors=True)
+    for line in left_out(experiment, folder):
+        console.note(line)
     with crew(experiment, console) as actors:
         num_scores = score_lists(plans, actors)
         shared = shared_points(experiment, domains, [llm for llm, _ in plans])
@@ -139,21 +133,20 @@ def plan(
         "cases": {split: [case.user_id for case in found] for split, found in cases.items()},
     }
     systems = []
-    for system in settings.systems:
-        if system in BASELINES:
-            continue
-        adapter = _ADAPTERS[system].format(domain=domain.name)
+    for system, adapter_dir in scored_adapters(experiment, folder, domain.name).items():
         shaping = {
             **common,
             "model": experiment.model.model_dump(mode="json"),
             "style": experiment.tune.style,
             "max_titles": settings.max_titles,
-            "adapter": inputs.get(adapter.removesuffix("/uniform"), "") + adapter,
+            # By content: a mix that is new in the file leaves the scores of the others alone.
+            "adapter": "" if adapter_dir is None else artifacts.adapter_digest(adapter_dir),
         }
+        # Two systems of one adapter, as a control that the guard chose, have one set of scores.
         systems.append(
             SystemRun(
                 system=system,
-                adapter_dir=folder.root / adapter if adapter else None,
+                adapter_dir=adapter_dir,
                 folder=folder.root / _WORK / artifacts.digest(shaping)[:16],
             )
         )
@@ -337,16 +330,19 @@ def _domain_scores(
             "proved": None,
         }
         systems[system.system] = replace(found, costs=(cost,))
-    ordered = {name: systems[name] for name in experiment.evaluate.systems}
-    return DomainScores(domain, llm.cases, llm.catalogue_cases, ordered)
+    ordered = {name: systems[name] for name in experiment.evaluate.systems if name in systems}
+    aliases = {}
+    if "guarded" in experiment.evaluate.systems and "guarded" not in systems:
+        aliases["guarded"] = chosen_by_guard(RunFolder(experiment.run_dir), domain.name)
+    return DomainScores(domain, llm.cases, llm.catalogue_cases, ordered, aliases)
 
 
 def _training_costs(folder: RunFolder, inputs: dict[str, str]) -> list[dict[str, Any]]:
     """What the adapters cost to make, as their manifests tell."""
     rows = []
     for name in inputs:
-        stage, _, domain = name.partition("/")
-        if stage not in ("spirit", "ingredients", "cocktails"):
+        stage, _, domain = name.removeprefix("controls/").partition("/")
+        if stage not in ("spirit", "ingredients", "joint", "cocktails"):
             continue
         metrics = artifacts.read_json(folder.root / name / artifacts.MANIFEST).get("metrics", {})
         rows.append(
@@ -361,4 +357,7 @@ def _training_costs(folder: RunFolder, inputs: dict[str, str]) -> list[dict[str,
                 "proved": None,
             }
         )
+        for mix, own in metrics.get("mixes", {}).items():
+            cost = {name: own[name] for name in ("seconds", "peak_memory_mb")}
+            rows.append({**rows[-1], "system": mix, **cost})
     return rows

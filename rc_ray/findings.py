@@ -14,6 +14,7 @@ from rc_ray.artifacts import MANIFEST, RunFolder, read_json
 from rc_ray.config import Experiment
 from rc_ray.curves import read_metrics
 from rc_ray.errors import ArtifactError
+from rc_ray.guard import Verdict, read_guard
 from rc_ray.results import Results, read_results
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -27,9 +28,13 @@ class Mixture:
     """What the merge of one domain learned."""
 
     ingredient_weights: dict[tuple[int, str], float]
-    """By (layer, projection); the spirit has the rest of 1."""
+    """By (layer, projection); of a guest, all ingredients together."""
     entropy: Curve
     """(step, mean entropy in nats)."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """The manifest's metrics."""
+    guard: Verdict | None = None
+    """What is served, and why."""
 
     def columns(self) -> list[str]:
         """Projections that occur, known ones first."""
@@ -71,7 +76,7 @@ def read_findings(experiment: Experiment) -> Findings:
     """
     run = RunFolder(experiment.run_dir)
     mixtures = {}
-    for domain in experiment.data.ingredients:
+    for domain in experiment.data.tested:
         if (run.cocktail_dir(domain) / MANIFEST).exists():
             mixtures[domain] = _read_mixture(run.cocktail_dir(domain))
     losses = {"spirit": _curve(run.spirit_dir / "metrics.jsonl", "loss")}
@@ -98,14 +103,21 @@ def _read_mixture(folder: Path) -> Mixture:
     raw = read_json(path)
     weights: dict[tuple[int, str], float] = {}
     try:
-        column = raw["adapters"].index("ingredient")
+        names = raw["adapters"]
+        shown = ["ingredient"] if "ingredient" in names else [n for n in names if n != "spirit"]
+        columns = [names.index(name) for name in shown]
         for module, row in zip(raw["modules"], raw["weights"], strict=True):
-            weights[_place(module)] = float(row[column])
+            weights[_place(module)] = float(sum(row[column] for column in columns))
     except (KeyError, TypeError, ValueError, IndexError):
         raise ArtifactError(
             f"{path}: is not in the form that `rc-ray merge` writes; run it with --force"
         ) from None
-    return Mixture(ingredient_weights=weights, entropy=_curve(folder / "entropy.jsonl", "entropy"))
+    return Mixture(
+        ingredient_weights=weights,
+        entropy=_curve(folder / "entropy.jsonl", "entropy"),
+        about=read_json(folder / MANIFEST).get("metrics", {}),
+        guard=read_guard(folder),
+    )
 
 
 def _place(module: str) -> tuple[int, str]:

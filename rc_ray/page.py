@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from rc_ray import __version__, charts, page_parts
+from rc_ray import __version__, charts, mix_parts, page_parts
 from rc_ray.config import BASELINES
 from rc_ray.findings import Findings
-from rc_ray.page_parts import score_cell, table
+from rc_ray.page_parts import prose, score_cell, table
 from rc_ray.requests import CATALOGUE, MAIN
 from rc_ray.verdicts import HEADLINE, sentences, too_few_samples
 
@@ -35,7 +34,9 @@ def render(findings: Findings) -> str:
         _overview(findings, domains),
         _findings_list(findings),
         *(_domain(findings, domain) for domain in domains),
+        mix_parts.guards(findings),
         page_parts.cocktails(findings),
+        mix_parts.mixes(findings),
         page_parts.training(findings),
         page_parts.costs(findings),
         page_parts.data(findings),
@@ -58,6 +59,8 @@ def _summary(findings: Findings) -> str:
     if data.spirit:
         parts.append(f"spirit from {', '.join(data.spirit)}")
     parts.append(f"domains {', '.join(data.ingredients)}")
+    if data.guests:
+        parts.append(f"guests {', '.join(data.guests)}")
     num_seeds = experiment.evaluate.num_seeds
     if num_seeds > 1 and "sasrec" in findings.results.systems():
         parts.append(f"sasrec: mean over {num_seeds} seeds")
@@ -104,8 +107,8 @@ def _anchor(domain: str) -> str:
 
 
 def _findings_list(findings: Findings) -> str:
-    found = sentences(findings.results, findings.experiment.data.ingredients)
-    items = "".join(f"<li>{_prose(sentence)}</li>" for sentence in found)
+    found = sentences(findings.results, findings.experiment.data.tested)
+    items = "".join(f"<li>{prose(sentence)}</li>" for sentence in found)
     # Of baselines alone no sentence sums up the others.
     sums_up = not set(findings.results.systems()) <= set(BASELINES)
     style = "findings summed-up" if sums_up else "findings"
@@ -115,16 +118,11 @@ def _findings_list(findings: Findings) -> str:
         "compared on the same users, list and metric."
     )
     coarse = too_few_samples(findings.results, findings.experiment.evaluate.num_bootstrap)
-    warning = "" if coarse is None else f"<p><b>{_prose(coarse)}</b></p>"
+    warning = "" if coarse is None else f"<p><b>{prose(coarse)}</b></p>"
     return (
         f'<h2>Findings</h2><div class="card"><ul class="{style}">{items}</ul></div>{warning}'
         f'<p class="soft">{note}</p>'
     )
-
-
-def _prose(sentence: str) -> str:
-    """Escaped, with `names in backticks` as code."""
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(sentence))
 
 
 def _domain(findings: Findings, domain: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -61,6 +62,11 @@ def table(
         for name, cells in rows
     )
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def prose(sentence: str) -> str:
+    """Escaped, with `names in backticks` as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(sentence))
 
 
 def probes(findings: Findings, domain: str) -> str:
@@ -211,7 +217,7 @@ def cocktails(findings: Findings) -> str:
         cards.append(
             f'<div class="card"><h3>Weight of the ingredient on <code>{html.escape(domain)}</code>'
             f"</h3><figure>{drawn}<figcaption>Layers from the input down, by projection; mean "
-            f"{mean:.3f}, the spirit has the rest of 1.</figcaption></figure></div>"
+            f"{mean:.3f}.</figcaption></figure></div>"
         )
     return f'<h2 id="cocktails">How the cocktails mix</h2><div class="grid">{"".join(cards)}</div>'
 
@@ -232,8 +238,8 @@ def training(findings: Findings) -> str:
                 x_label="step",
                 y_label="entropy (nats)",
             ),
-            "Mean entropy of the next title over the catalogue, on unlabeled prompts of users "
-            "that are never scored.",
+            "Mean entropy of the next title among the candidates, on the prompts that the "
+            "weights were learned on.",
         ),
     )
     cards = [
@@ -256,7 +262,9 @@ def data(findings: Findings) -> str:
     head = "<tr><th>domain</th><th>role</th>" + "".join(f"<th>{n}</th>" for _, n in columns)
     rows = []
     for domain, counts in findings.data.items():
-        role = "spirit" if domain in findings.experiment.data.spirit else "ingredient"
+        roles = findings.experiment.data
+        role = "spirit" if domain in roles.spirit else "guest"
+        role = "ingredient" if domain in roles.ingredients else role
         cells = [role, *(_count(counts.get(key)) for key, _ in columns)]
         rows.append((domain, cells))
     return (

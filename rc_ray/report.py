@@ -7,7 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from rc_ray import artifacts, page, recipes
+from rc_ray import artifacts, mix_parts, page, recipes
 from rc_ray.config import Experiment
 from rc_ray.findings import Findings, read_findings
 from rc_ray.progress import Progress
@@ -40,7 +40,7 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
             config=config,
             seed=experiment.seed,
             inputs=inputs,
-            metrics={"verdicts": sentences(findings.results, experiment.data.ingredients)},
+            metrics={"verdicts": sentences(findings.results, experiment.data.tested)},
         )
     console.note(f"report: {folder / 'index.html'}")
     return folder
@@ -51,7 +51,8 @@ def markdown(findings: Findings) -> str:
     experiment, results = findings.experiment, findings.results
     metrics = results.metrics()
     lines = [f"# {experiment.name}", ""]
-    lines += [f"- {one}" for one in sentences(results, experiment.data.ingredients)]
+    lines += [f"- {one}" for one in sentences(results, experiment.data.tested)]
+    lines += [f"- {one}" for one in mix_parts.sentences(findings)]
     lines += ["", "In brackets: 95 % bootstrap intervals over users.", ""]
     coarse = too_few_samples(results, experiment.evaluate.num_bootstrap)
     lines += [coarse, ""] if coarse else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,8 @@ MIN_USERS = 20
 """With fewer no difference is called one."""
 LEVEL = 0.05
 """Of the p-values, after correction."""
+RAW_SUFFIX = " (raw)"
+"""Marks the rows of a system whose likelihoods were not calibrated."""
 BEYOND = ("coverage@10", "popularity@10", "category_kl@10", "ECE")
 """What is measured beside accuracy."""
 
@@ -108,8 +110,7 @@ class Results:
 
     def systems(self, domain: str | None = None) -> list[str]:
         """Scored systems, of one domain or of all, in the order of reports."""
-        found = {key[3] for key in self.scores if domain in (None, key[0])}
-        return [system for system in SYSTEMS if system in found]
+        return in_order(key[3] for key in self.scores if domain in (None, key[0]))
 
     def lists(self, domain: str) -> list[str]:
         """Lists of candidates: the main one first, the whole catalogue last."""
@@ -125,6 +126,14 @@ class Results:
         names = self.metrics()
         fitting = [m for m in names if m.startswith("NDCG@") and int(m.partition("@")[2]) <= 10]
         return fitting[-1] if fitting else names[-1] if names else "HR@1"
+
+
+def in_order(systems: Iterable[str]) -> list[str]:
+    """Names of systems as reports order them, mixes before the cocktail; without raw ones."""
+    found = dict.fromkeys(systems)
+    mixes = [one for one in found if one not in SYSTEMS and not one.endswith(RAW_SUFFIX)]
+    place = SYSTEMS.index("cocktail")
+    return [one for one in (*SYSTEMS[:place], *mixes, *SYSTEMS[place:]) if one in found]
 
 
 def read_results(evaluate_dir: Path) -> Results:

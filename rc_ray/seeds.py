@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rc_ray import artifacts
-from rc_ray.config import SYSTEMS, Experiment
-from rc_ray.results import read_results
+from rc_ray.config import Experiment
+from rc_ray.results import in_order, read_results
 
 _SUMMARY = pa.schema(
     [
@@ -101,7 +101,7 @@ def _markdown(
     for domain in dict.fromkeys(key[0] for key in values):
         lines += [f"## {domain}", "", f"| system | {' | '.join(metrics)} |"]
         lines.append("|---" * (1 + len(metrics)) + "|")
-        for system in SYSTEMS:
+        for system in in_order(key[3] for key in values):
             found = [values.get((domain, "warm", "main", system, metric)) for metric in metrics]
             if any(found):
                 lines.append(f"| {system} | {' | '.join(_cell(one) for one in found)} |")

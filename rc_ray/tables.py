@@ -25,20 +25,12 @@ from rc_ray.core.bootstrap import Comparison, bootstrap_interval, compare_system
 from rc_ray.core.domains import Domain, RankingCase
 from rc_ray.core.metrics import TargetRanks, metric_values
 from rc_ray.requests import CATALOGUE, MAIN, list_slices, target_positions
+from rc_ray.results import RAW_SUFFIX
 from rc_ray.shards import NUM_SHOWN
 
-RAW_SUFFIX = " (raw)"
-"""Marks the rows of a system whose likelihoods were not calibrated."""
-
-_WITH_PROBABILITIES: tuple[System, ...] = (
-    "sasrec",
-    "base",
-    "spirit",
-    "ingredient",
-    "uniform",
-    "cocktail",
-)
-"""Systems whose scores are meant as log probabilities, up to a constant."""
+_WITHOUT_PROBABILITIES: tuple[System, ...] = ("popularity", "item_knn", "title_embedding")
+"""Systems whose scores are not meant as log probabilities; those of all others are, up to a
+constant."""
 
 Floats = npt.NDArray[np.floating[Any]]
 Values = dict[str, dict[str, Floats]]
@@ -115,10 +107,14 @@ def compare(domains: Sequence[DomainScores], experiment: Experiment) -> Tables:
             found = compare_systems(values, settings.num_bootstrap, experiment.seed)
             about = {**where, "num_users": len(cases), "seed": experiment.seed}
             about["num_candidates"] = _num_candidates(domain, name, cases)
-            results += _means(about, found)
-            results += _raw(about, domain, experiment)
-            results += _beyond(about, domain, cases)
-            differences += pair_rows({**where, "num_users": len(cases)}, found)
+            rows = [
+                *_means(about, found),
+                *_raw(about, domain, experiment),
+                *_beyond(about, domain, cases),
+            ]
+            pairs = list(pair_rows({**where, "num_users": len(cases)}, found))
+            results += [*rows, *_of_aliases(rows, domain)]
+            differences += [*pairs, *_pairs_of_aliases(pairs, domain)]
             ranks.append(_ranks(where, domain, cases))
     return Tables(
         results=pa.Table.from_pylist(results, schema=_RESULTS),
@@ -174,6 +170,31 @@ def pair_rows(
                 "ci_low": -pair.high,
                 "ci_high": -pair.low,
             }
+
+
+def _of_aliases(rows: Sequence[dict[str, Any]], domain: DomainScores) -> Iterator[dict[str, Any]]:
+    """The rows of a system once more under each of its other names."""
+    for alias, system in domain.aliases.items():
+        for row in rows:
+            if row["system"].removesuffix(RAW_SUFFIX) == system:
+                yield {**row, "system": row["system"].replace(system, alias, 1)}
+
+
+def _pairs_of_aliases(
+    pairs: Sequence[dict[str, Any]], domain: DomainScores
+) -> Iterator[dict[str, Any]]:
+    """The differences of a system under its other names: the same tests, so corrected as such."""
+    same = {"difference": 0.0, "ci_low": 0.0, "ci_high": 0.0, "p_value": 1.0, "p_adjusted": 1.0}
+    for alias, system in domain.aliases.items():
+        told = set()
+        for row in pairs:
+            for own, other in (("system_a", "system_b"), ("system_b", "system_a")):
+                if row[own] == system:
+                    yield {**row, own: alias}
+                    if row["metric"] not in told:
+                        told.add(row["metric"])
+                        yield {**row, **same, own: alias, other: system}
+                        yield {**row, **same, own: system, other: alias}
 
 
 def _lists(domain: DomainScores) -> Iterator[tuple[str, str, Sequence[RankingCase]]]:
@@ -238,7 +259,7 @@ def _beyond(
             found = [
                 _of_shown(domain.domain, top[:, :NUM_SHOWN], cases) for top in scores.top[split]
             ]
-        elif name == MAIN and system in _WITH_PROBABILITIES:
+        elif name == MAIN and system not in _WITHOUT_PROBABILITIES:
             place = list_slices(cases[0])[MAIN]
             found = [
                 {"ECE": _calibration_error(one[:, place], cases)} for one in scores.final[split]
@@ -291,14 +312,14 @@ def _ranks(
         raw = scores.raw_ranks.get(split) if name == MAIN else None
         columns = {
             **{key: [value] * len(users) for key, value in where.items()},
-            "system": [system] * len(users),
             "user_id": users,
             "rank": rank.astype(np.float32),
             "rank_raw": None if raw is None else raw.expected.astype(np.float32),
         }
         if raw is None:
             columns["rank_raw"] = pa.nulls(len(users), pa.float32())
-        parts.append(pa.table(columns, schema=_RANKS))
+        for shown in (system, *(one for one, own in domain.aliases.items() if own == system)):
+            parts.append(pa.table({**columns, "system": [shown] * len(users)}, schema=_RANKS))
     return pa.concat_tables(parts)
 
 
@@ -312,4 +333,6 @@ def _calibration(domain: DomainScores) -> dict[str, dict[str, Any]]:
                 "gamma": scores.calibration.gamma,
                 "prior_in_trie": scores.calibration.prior_in_trie,
             }
+    for alias, system in domain.aliases.items():
+        chosen[alias] = {**chosen[system], "is": system}
     return chosen

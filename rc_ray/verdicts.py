@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rc_ray.config import BASELINES
+from rc_ray.config import BASELINES, SYSTEMS
 from rc_ray.requests import CATALOGUE, MAIN
 from rc_ray.results import LEVEL, Difference, Outcome, Results
 
@@ -18,11 +18,14 @@ NAMES = {
     "base": "the base LLM",
     "spirit": "the base spirit",
     "ingredient": "the ingredient",
+    "joint": "the jointly trained LoRA",
+    "random_spirit": "the mix with a random spirit",
     "uniform": "the uniform average",
     "cocktail": "the cocktail",
+    "guarded": "what the guard serves",
 }
-"""Systems as sentences name them."""
-MERGE_CONTROLS = ("ingredient", "uniform", "spirit")
+"""Systems as sentences name them; mixes are called by their own names."""
+MERGE_CONTROLS = ("ingredient", "uniform", "spirit", "joint", "random_spirit")
 """What a learned merge has to beat to be worth its while."""
 SUBJECTS = {
     "warm": "",
@@ -37,6 +40,11 @@ PROBES = {
     "popularity_negatives": "Against popular negatives",
     "masked_titles": "With made-up names for titles",
 }
+
+
+def name_of(system: str) -> str:
+    """A system as a sentence names it."""
+    return NAMES.get(system, f"the mix `{system}`")
 
 
 def overall(results: Results, domains: Sequence[str]) -> str:
@@ -85,7 +93,7 @@ def standing(
     for other in others:
         found = results.difference(domain, split, metric, system, other, candidates)
         if found is not None:
-            text = f"{NAMES.get(other, other)} ({_signed(found)})"
+            text = f"{name_of(other)} ({_signed(found)})"
             groups[found.outcome].append(text)
     clauses = []
     if groups["beats"]:
@@ -96,7 +104,7 @@ def standing(
         clauses.append(f"shows no difference from {_listed(groups['ties'])}")
     if not clauses:
         return None
-    subject = SUBJECTS[split] + NAMES.get(system, system)
+    subject = SUBJECTS[split] + name_of(system)
     if candidates == CATALOGUE:
         subject = f"and its whole catalogue of {score.num_candidates:,} items {subject}"
     value = f"{metric} {score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
@@ -144,12 +152,14 @@ def probe_sentences(results: Results, domain: str) -> list[str]:
     found = []
     for probe, words in PROBES.items():
         asked = [
-            s for s in results.systems(domain) if (domain, s, probe, HEADLINE) in results.probes
+            system
+            for system in results.systems(domain)
+            if system != "guarded" and (domain, system, probe, HEADLINE) in results.probes
         ]
         if not asked:
             continue
         one = results.probes[domain, asked[-1], probe, HEADLINE]
-        name = NAMES[asked[-1]]
+        name = name_of(asked[-1])
         told = {"beats": "gains", "loses": "loses", "ties": "shows no difference"}
         verb = told[one.difference.outcome]
         found.append(f"{words} {name} {verb} on `{domain}` ({HEADLINE} {_signed(one.difference)}).")
@@ -165,9 +175,10 @@ def sentences(results: Results, domains: Sequence[str]) -> list[str]:
         return _of_baselines(results, scored)
     found: list[str | None] = [overall(results, scored)]
     others = ("popularity", "item_knn", "sasrec", "title_embedding", "base", "spirit")
-    controls = (*others, "ingredient", "uniform")
+    controls = (*others, "ingredient", "joint", "random_spirit", "uniform")
     for domain in scored:
-        found.append(standing(results, domain, "cocktail", controls))
+        mixes = [one for one in results.systems(domain) if one not in SYSTEMS]
+        found.append(standing(results, domain, "cocktail", (*controls, *mixes)))
         found.append(merge_verdict(results, domain))
         found.append(standing(results, domain, "ingredient", others))
         for split in ("cold", "cold_user", "few_shot"):
@@ -182,7 +193,9 @@ def too_few_samples(results: Results, num_bootstrap: int) -> str | None:
 
     Of B samples the smallest p-value is 1 / (B + 1), and Holm multiplies it by the number of pairs.
     """
-    num_systems = max((len(results.systems(one)) for one in results.domains()), default=0)
+    # What a guard serves is one of the others under another name, and tested with them.
+    named = [set(results.systems(one)) - {"guarded"} for one in results.domains()]
+    num_systems = max(map(len, named), default=0)
     num_pairs = num_systems * (num_systems - 1) // 2
     if num_pairs / (num_bootstrap + 1) < LEVEL:
         return None
@@ -216,8 +229,8 @@ def _against_baselines(results: Results, domain: str) -> str | None:
         return None
     verb = {"beats": "beats", "loses": "loses to", "ties": "shows no difference from"}
     return (
-        f"On `{domain}` the best LLM system, {NAMES[best]}, {verb[found.outcome]} the best "
-        f"baseline that learns, {NAMES[rival]}."
+        f"On `{domain}` the best LLM system, {name_of(best)}, {verb[found.outcome]} the best "
+        f"baseline that learns, {name_of(rival)}."
     )
 
 

@@ -13,10 +13,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rc_ray import artifacts, evaluate, merge, mixing, prior
+from rc_ray import artifacts, evaluate, merge, merge_prompts, prior
 from rc_ray.artifacts import RunFolder
 from rc_ray.calibration_config import CalibrationConfig
-from rc_ray.config import BASELINES, SYSTEMS, Experiment
+from rc_ray.config import BASELINES, DEFAULT_SYSTEMS, Experiment
 from rc_ray.core.adapters import load_adapter, save_adapter
 from rc_ray.core.domains import read_domain
 from rc_ray.errors import ArtifactError
@@ -76,7 +76,7 @@ def test_merge_then_evaluate(experiment: Experiment, screen: Screen) -> None:
     evaluate.run(experiment, console=screen.console)
     results = pq.read_table(folder.evaluate_dir / "results.parquet").to_pylist()
     systems = {row["system"] for row in results if not row["system"].endswith("(raw)")}
-    assert systems == set(SYSTEMS)
+    assert systems == set(DEFAULT_SYSTEMS)
     assert {row["split"] for row in results} == {"warm", "cold"}
     beyond = {"coverage@10", "popularity@10", "ECE"}
     for row in results:
@@ -112,9 +112,10 @@ def test_probes_change_what_they_may(experiment: Experiment) -> None:
     rows = pq.read_table(folder.evaluate_dir / "probes.parquet").to_pylist()
     change = {(row["system"], row["probe"]): row["max_score_change"] for row in rows}
     assert {row["num_users"] for row in rows} == {8}
-    for system in SYSTEMS:
+    scored = set(DEFAULT_SYSTEMS) - {"guarded"}  # which is one of the others
+    for system in scored:
         assert change[system, "permuted_candidates"] < 1e-3
-    for system in set(SYSTEMS) - set(BASELINES):
+    for system in scored - set(BASELINES):
         assert change[system, "shuffled_history"] > 0.01
         assert change[system, "masked_titles"] > 0.01
     assert change["popularity", "shuffled_history"] == 0.0
@@ -226,6 +227,6 @@ def test_stages_out_of_order_say_what_is_missing(make_run: Factory, screen: Scre
 
 def test_prompts_of_unlabeled_users_hold_no_target_mark(experiment: Experiment) -> None:
     domain = read_domain(RunFolder(experiment.run_dir).domain_dir("tools"))
-    prompts = mixing.unlabeled_prompts(domain, 5, seed=0)
+    prompts = merge_prompts.unlabeled_prompts(domain, 5, seed=0)
     assert len(prompts) == 5
-    assert not any(hasattr(prompt, "target") for prompt in prompts)
+    assert all(prompt.target is None for prompt in prompts)
