@@ -9,6 +9,8 @@ from typing import Any
 from rc_ray.artifacts import RunFolder, read_json
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError
+from rc_ray.guard import read_guard
+from rc_ray.serve.served import served_system
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Calibration:
 def open_calibration(experiment: Experiment, domain: str) -> Calibration:
     """The weights that the experiment fixes, or that `evaluate` chose for the served system.
 
-    A domain that was not evaluated takes what was chosen for all domains. Where there is nothing of
-    this, it is the likelihood as it was trained.
+    A domain that was not evaluated takes what was chosen for all domains, else what the guard of
+    the merge chose. Where there is nothing of this, it is the likelihood as it was trained.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -38,10 +40,12 @@ def open_calibration(experiment: Experiment, domain: str) -> Calibration:
         return Calibration(*fixed, True, "fixed", experiment.evaluate.calibration.scope)
     path = RunFolder(experiment.run_dir).evaluate_dir / "calibration.json"
     as_trained = Calibration(prior_in_trie=experiment.tune.learns_with_prior)
-    if not path.exists():
-        return as_trained
+    system = served_system(experiment, domain)
+    verdict = read_guard(RunFolder(experiment.run_dir).cocktail_dir(domain))
     try:
-        chosen = _chosen(read_json(path), domain, experiment.serve.system)
+        chosen = _chosen(read_json(path), domain, system) if path.exists() else None
+        if chosen is None and verdict is not None:
+            chosen = verdict.systems.get(system)
         if chosen is None:
             return as_trained
         return Calibration(

@@ -94,6 +94,7 @@ class DomainCatalogue:
         gamma: float,
         prior_in_trie: bool,
         calibrated: bool,
+        guard: str | None = None,
         chosen_by: str = "default",
         scope: str = "domain",
     ) -> DomainInfo:
@@ -102,6 +103,7 @@ class DomainCatalogue:
             name=self.name,
             num_items=self.num_items,
             system=system,
+            guard=guard,
             alpha=alpha,
             gamma=gamma,
             prior_in_trie=prior_in_trie,

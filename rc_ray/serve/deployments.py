@@ -43,8 +43,8 @@ from rc_ray.serve.scoring import (
     limits_of,
     open_catalogue,
     open_language_model,
-    served_domains,
 )
+from rc_ray.serve.served import served_domains
 from rc_ray.session import require_resources
 
 APPLICATION = "rc_ray"

@@ -75,6 +75,9 @@ class DomainInfo(Message):
     name: str
     num_items: int
     system: str
+    """What ranks: the cocktail, or what its guard chose instead."""
+    guard: str | None
+    """Why the guard of the merge chose it; null where no guard had a say."""
     alpha: float
     """Weight of log p(title | empty history), taken off."""
     gamma: float

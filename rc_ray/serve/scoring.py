@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from rc_ray.artifacts import MANIFEST, RunFolder, read_json, sha256_file
+from rc_ray.artifacts import MANIFEST, RunFolder, mix_place, read_json, sha256_file
 from rc_ray.assets import model_dir
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import (
@@ -37,6 +37,7 @@ from rc_ray.serve.schemas import (
     RequestError,
     explain,
 )
+from rc_ray.serve.served import guard_of, served_domains, served_system
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class ServedDomain:
     """What it takes to score one domain's items on the shared base."""
 
     catalogue: DomainCatalogue
+    system: str
+    """What its adapter is."""
     calibration: Calibration
     ranker: Ranker
     mix: AdapterMix
@@ -59,12 +62,6 @@ def limits_of(experiment: Experiment) -> Limits:
         max_titles=experiment.evaluate.max_titles,
         max_title_characters=experiment.data.max_title_characters,
     )
-
-
-def served_domains(experiment: Experiment) -> tuple[str, ...]:
-    """Domains that the served system knows: the spirit serves all, the others their own."""
-    data = experiment.data
-    return data.domains if experiment.serve.system == "spirit" else data.ingredients
 
 
 def open_catalogue(experiment: Experiment, domain: str) -> DomainCatalogue:
@@ -85,13 +82,12 @@ def check_adapter_files(experiment: Experiment, domain: str) -> Path:
     Raises:
         ArtifactError: the stage has not finished, or a file changed since.
     """
-    run, system = RunFolder(experiment.run_dir), experiment.serve.system
-    stage, verb, inner = {
-        "spirit": (run.spirit_dir, "train", ""),
-        "ingredient": (run.ingredient_dir(domain), "tune", ""),
-        "cocktail": (run.cocktail_dir(domain), "merge", ""),
-        "uniform": (run.cocktail_dir(domain), "merge", "uniform"),
-    }[system]
+    run, system = RunFolder(experiment.run_dir), served_system(experiment, domain)
+    stages = {
+        "spirit": (run.spirit_dir, "train", "."),
+        "ingredient": (run.ingredient_dir(domain), "tune", "."),
+    }
+    stage, verb, inner = stages.get(system, (run.cocktail_dir(domain), "merge", mix_place(system)))
     if not (stage / MANIFEST).exists():
         raise ArtifactError(f"{stage}: no {system} to serve; run `rc-ray {verb}` first")
     outputs = read_json(stage / MANIFEST).get("outputs", {})
@@ -108,10 +104,12 @@ def check_adapter_files(experiment: Experiment, domain: str) -> Path:
 
 
 def describe(experiment: Experiment, catalogue: DomainCatalogue) -> DomainInfo:
-    """What is served for a domain, and how its scores are calibrated."""
+    """What is served for a domain and why, and how its scores are calibrated."""
     calibration = open_calibration(experiment, catalogue.name)
+    verdict = guard_of(experiment, catalogue.name)
     return catalogue.describe(
-        system=experiment.serve.system,
+        system=served_system(experiment, catalogue.name),
+        guard=None if verdict is None else verdict.sentences,
         alpha=calibration.alpha,
         gamma=calibration.gamma,
         prior_in_trie=calibration.prior_in_trie,
@@ -138,7 +136,6 @@ class RankService:
     def __init__(
         self, experiment: Experiment, lm: LanguageModel, domains: Sequence[str] | None = None
     ) -> None:
-        self.system = experiment.serve.system
         self.lm = lm
         self.limits = limits_of(experiment)
         self._lock = threading.Lock()  # an adapter acts on the whole base while it is in use
@@ -198,6 +195,7 @@ class RankService:
         calibration = open_calibration(experiment, domain)
         return ServedDomain(
             catalogue=catalogue,
+            system=served_system(experiment, domain),
             calibration=calibration,
             ranker=ranker,
             mix=mix,
@@ -252,7 +250,7 @@ class RankService:
         kept = [place for place in order if int(items[place]) not in query.excluded][: query.k]
         return RankResponse(
             domain=query.domain,
-            system=self.system,
+            system=served.system,
             items=[
                 RankedItem(
                     item_id=catalogue.item_ids[items[place]],

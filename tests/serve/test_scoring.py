@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rc_ray.artifacts import RunFolder
+from rc_ray.artifacts import RunFolder, write_json
 from rc_ray.calibration_config import CalibrationConfig
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import load_adapter
@@ -189,6 +189,43 @@ def test_calibration_is_read_for_the_served_system_only(
     path.write_text(json.dumps({"tools": {"cocktail": {"alpha": "high"}}}))
     with pytest.raises(ArtifactError, match="calibration.json: damaged"):
         open_calibration(broken, "tools")
+
+
+def test_where_the_guard_refused_the_cocktail_its_choice_is_served(
+    experiment: Experiment, lm: LanguageModel, tmp_path: Path
+) -> None:
+    guarded = copied(experiment, tmp_path)
+    run = RunFolder(guarded.run_dir)
+    shutil.copytree(run.cocktail_dir("rivers"), run.ingredient_dir("tools"))
+    own = {"ndcg": 0.6, "hr1": 0.5, "alpha": 1.0, "gamma": 2.0, "prior_in_trie": False}
+    verdict = {
+        "chosen": "ingredient",
+        "why": "The ingredient is ahead.",
+        "num_valid_users": 9,
+        "systems": {"ingredient": {**own, "p_value": 0.2}},
+        "collapse": None,
+    }
+    write_json(run.cocktail_dir("tools") / "guard.json", verdict)
+    assert check_adapter_files(guarded, "tools") == run.ingredient_dir("tools")
+    info = describe(guarded, open_catalogue(guarded, "tools"))
+    assert (info.system, info.guard) == ("ingredient", "The ingredient is ahead.")
+    assert (info.alpha, info.gamma, info.prior_in_trie, info.calibrated) == (1.0, 2.0, False, True)
+    assert describe(guarded, open_catalogue(guarded, "rivers")).system == "cocktail"
+    service = RankService(guarded, lm)
+    tools, rivers = ranked(
+        service,
+        query_of(guarded, "tools", ["tools-01"]),
+        query_of(guarded, "rivers", ["rivers-01"]),
+    )
+    assert (tools.system, rivers.system) == ("ingredient", "cocktail")
+    as_learned = guarded.serve.model_copy(update={"guard": False})
+    plain = guarded.model_copy(update={"serve": as_learned})
+    assert check_adapter_files(plain, "tools") == run.cocktail_dir("tools")
+    info = describe(plain, open_catalogue(plain, "tools"))
+    assert (info.system, info.guard, info.alpha) == ("cocktail", None, 0.5)
+    (run.cocktail_dir("tools") / "guard.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="guard.json: damaged"):
+        check_adapter_files(guarded, "tools")
 
 
 def test_a_setting_for_all_domains_serves_one_that_was_not_evaluated(

@@ -1,0 +1,35 @@
+"""What is served where: the domains of a system, and what a guard put in a cocktail's place."""
+
+from __future__ import annotations
+
+from rc_ray.artifacts import RunFolder
+from rc_ray.config import Experiment
+from rc_ray.guard import Verdict, read_guard
+
+
+def served_domains(experiment: Experiment) -> tuple[str, ...]:
+    """Domains that the served system knows: the spirit serves all, the others their own."""
+    data = experiment.data
+    known = {"spirit": data.domains, "ingredient": data.ingredients}
+    return known.get(experiment.serve.system, data.tested)
+
+
+def served_system(experiment: Experiment, domain: str) -> str:
+    """What is served on a domain: in the cocktail's place, what its guard chose.
+
+    Raises:
+        ArtifactError: what the guard said is damaged.
+    """
+    verdict = guard_of(experiment, domain)
+    return experiment.serve.system if verdict is None else verdict.chosen
+
+
+def guard_of(experiment: Experiment, domain: str) -> Verdict | None:
+    """What the guard of a domain said; None where it has no say in what is served.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    if experiment.serve.system != "cocktail" or not experiment.serve.guard:
+        return None
+    return read_guard(RunFolder(experiment.run_dir).cocktail_dir(domain))
