@@ -20,7 +20,8 @@ demo: $(STAMP) ## the whole chain on real data, and two real requests (about 13 
 smoke: $(STAMP) ## the same chain with a handful of users and steps, to see that it runs
 	@$(BIN)/rc-ray demo --set name=smoke --set data.max_users=60 \
 	  --set train.num_steps=4 --set tune.num_steps=4 --set merge.num_prompts=8 \
-	  --set merge.num_epochs=1 --set evaluate.num_test_users=8 --set evaluate.num_valid_users=8
+	  --set merge.num_epochs=1 --set merge.guard.num_valid_users=8 \
+	  --set evaluate.num_test_users=8 --set evaluate.num_valid_users=8
 
 test: $(STAMP) ## every test but those marked gpu, slow and network
 	@$(BIN)/python -m pytest -q
