@@ -64,6 +64,10 @@ class RunFolder:
     def cocktail_dir(self, domain: str) -> Path:
         return self.root / "cocktails" / domain
 
+    def explanation_path(self, domain: str) -> Path:
+        """The page on a domain's cocktail; `rc-ray merge --explain` writes it."""
+        return self.root / "cocktails" / "explain" / f"{domain}.html"
+
     def mix_dir(self, domain: str, name: str) -> Path:
         """Of one of a domain's mixes, `cocktail` and `uniform` among them."""
         return self.cocktail_dir(domain) / mix_place(name)

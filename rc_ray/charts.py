@@ -118,16 +118,18 @@ def heat_map(
     """Cells by row number and column name, coloured by their distance from `centre`.
 
     Two hues stand for above and below; the depth of colour is relative to the largest distance,
-    which the legend names. Absent cells stay empty.
+    which the legend names. Absent cells stay empty. A cell that is pointed at, tapped or focused
+    shows its value below the legend, by the page's CSS.
     """
     rows = sorted({row for row, _ in values})
-    left, top, legend_height = 34, 20, 44
+    left, top, legend_height = 34, 20, 60
     cell = (WIDTH - left - 8) / max(len(columns), 1)
     tall = 12 if len(rows) > 12 else 18
     reach = max((abs(value - centre) for value in values.values()), default=0.0)
     parts = []
     for index, name in enumerate(columns):
         parts.append(_text(left + cell * (index + 0.5), 13, name, anchor="middle"))
+    bottom = top + tall * len(rows) + 14
     for position, row in enumerate(rows):
         y = top + tall * position
         if len(rows) <= 12 or row % 5 == 0:
@@ -137,13 +139,15 @@ def heat_map(
             if value is None:
                 continue
             depth = abs(value - centre) / reach if reach else 0.0
-            hue = "above" if value >= centre else "below"
+            hint = f"layer {row}, {name}: {value:.3f}"
+            # A tap may focus a cell; the Tab key would have to pass through all of them.
             parts.append(
-                f'<rect class="cell {hue}" x="{left + cell * index + 0.5:.1f}" y="{y + 0.5:.1f}" '
+                f'<g class="spot" tabindex="-1"><rect class="cell {_hue(value, centre)}" '
+                f'x="{left + cell * index + 0.5:.1f}" y="{y + 0.5:.1f}" '
                 f'width="{cell - 1:.1f}" height="{tall - 1}" fill-opacity="{depth:.2f}">'
-                f"<title>layer {row}, {html.escape(name)}: {value:.3f}</title></rect>"
+                f"<title>{html.escape(hint)}</title></rect>"
+                f"{_text(left, bottom + 40, hint, kind='tip')}</g>"
             )
-    bottom = top + tall * len(rows) + 14
     num_steps = 40
     strip = (WIDTH - left - 8) / (2 * num_steps + 1)
     for index in range(-num_steps, num_steps + 1):
@@ -153,11 +157,49 @@ def heat_map(
             f'width="{strip + 0.2:.2f}" height="8" fill-opacity="{abs(index) / num_steps:.2f}"/>'
         )
     for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        label = f"{centre + (2 * share - 1) * reach:.2f}"
+        label = f"{centre + (2 * share - 1) * reach:.{_num_digits(reach)}f}"
         place = left + (WIDTH - left - 8) * share
         parts.append(_text(place, bottom + 22, label, anchor=anchor))
     height = top + tall * len(rows) + legend_height
     return _svg(height, parts, f"weights of {len(rows)} layers by {_names(columns)}")
+
+
+def bars(values: Mapping[str, float], *, centre: float, what: str) -> str:
+    """One bar per name, to the left or right of `centre`, in the two hues of `heat_map`.
+
+    Args:
+        values: name -> value, top row first.
+        centre: where the bars begin.
+        what: names the chart to a screen reader.
+    """
+    longest = max((len(name) for name in values), default=0)
+    left, right, top = round(12 + LABEL_CHARACTER * longest), 46, 8
+    tall = 15 if len(values) > 12 else 20
+    low, high = min([centre, *values.values()]), max([centre, *values.values()])
+    unit = (WIDTH - left - right) / max(high - low, 1e-9)
+    middle, bottom = left + unit * (centre - low), top + tall * len(values)
+    parts = [_text(middle, bottom + 15, f"{centre:.3g}", anchor="middle")]
+    for position, (name, value) in enumerate(values.items()):
+        y = top + tall * position
+        start = left + unit * (min(value, centre) - low)
+        parts.append(_text(left - 8, y + tall - 5, name, anchor="end"))
+        parts.append(
+            f'<rect class="bar {_hue(value, centre)}" x="{start:.1f}" y="{y + 2:.1f}" '
+            f'width="{unit * abs(value - centre):.1f}" height="{tall - 4}">'
+            f"<title>{html.escape(f'{name}: {value:.4f}')}</title></rect>"
+        )
+        parts.append(_text(WIDTH, y + tall - 5, f"{value:.3f}", anchor="end"))
+    parts.append(_line(middle, top, middle, bottom, "reference"))
+    return _svg(bottom + 22, parts, f"{what}: {_names(values)}")
+
+
+def _hue(value: float, centre: float) -> str:
+    return "above" if value >= centre else "below"
+
+
+def _num_digits(reach: float) -> int:
+    """Decimals at which the ends of a scale differ from its centre."""
+    return 2 if reach >= 0.05 else 3 if reach >= 0.005 else 4
 
 
 def _ticks(low: float, high: float, wanted: int) -> list[float]:

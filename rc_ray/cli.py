@@ -47,6 +47,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Explain = Annotated[
+    str | None,
+    typer.Option("--explain", metavar="DOMAIN", help="write a page on a finished cocktail instead"),
+]
+
 
 @app.command()
 def prepare(
@@ -87,12 +92,22 @@ def tune(
 def merge(
     experiment: ExperimentFile,
     overrides: Overrides = None,
+    explain: Explain = None,
     force: Force = False,
     verbose: Verbose = False,
     address: Address = None,
 ) -> None:
     """Learn, without labels, how to mix spirit and ingredient into cocktails."""
-    _run_stages(experiment, overrides, ("merge",), force, verbose, address)
+    if explain is None:
+        _run_stages(experiment, overrides, ("merge",), force, verbose, address)
+        return
+    with plain_errors(verbose), _opened(experiment, overrides) as (loaded, console):
+        from rc_ray import explain as explanation
+
+        explanation.check(loaded, explain, force=force)
+        with _session(loaded, address, verbose):
+            page = explanation.run(loaded, explain, console=console)
+    typer.echo(page)
 
 
 @app.command()
@@ -258,8 +273,10 @@ def _run_stages(
     address: str | None = None,
 ) -> None:
     with plain_errors(verbose), _opened(path, overrides) as (experiment, console):
+        from rc_ray.status import refuse_stale
+
         stages = _possible(experiment, stages, console)
-        _refuse_stale(path, experiment, stages)
+        refuse_stale(path, experiment, _built_on(stages))
         on_ray = [name for name in stages if name in ON_RAY]
         with _only_driver(experiment, stages):
             _write_config(experiment)
@@ -289,24 +306,10 @@ def _possible(experiment: Experiment, stages: Sequence[str], console: Progress) 
     return stages
 
 
-def _refuse_stale(path: Path, experiment: Experiment, stages: Sequence[str]) -> None:
-    """Refuse to build on a stage made with other settings, unless it is among those to run.
-
-    Raises:
-        ConfigError: names the stage and the verb that makes it anew.
-    """
-    from rc_ray.errors import ConfigError
-    from rc_ray.status import read_status
-
+def _built_on(stages: Sequence[str]) -> set[str]:
+    """What these read and do not make anew; an ingredient knows nothing of the spirit."""
     before = set(STAGES[: STAGES.index(stages[-1])]) - set(stages)
-    if stages[-1] == "tune":
-        before.discard("train")  # an ingredient knows nothing of the spirit
-    for status in read_status(experiment):
-        if status.stage in before and status.state == "stale":
-            raise ConfigError(
-                f"`{status.stage}` in {experiment.run_dir} is stale: {status.detail}; "
-                f"run `rc-ray {status.stage} {path}` with the same settings first"
-            )
+    return before - {"train"} if stages[-1] == "tune" else before
 
 
 def _run_each(

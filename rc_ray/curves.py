@@ -13,6 +13,9 @@ from rc_ray.errors import ArtifactError
 from rc_ray.progress import JsonlTail
 from rc_ray.training_config import EXECUTION_FIELDS, TrainingConfig
 
+Curve = list[tuple[float, float]]
+"""(step, value)."""
+
 
 def shaping_config(training: TrainingConfig, experiment: Experiment) -> dict[str, Any]:
     """The settings that decide what a training run results in; those of its execution do not."""
@@ -32,6 +35,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file in the order of steps; of a step that was run again, the last row."""
     rows = {row["step"]: row for row in JsonlTail(path).read_new() if "step" in row}
     return [rows[step] for step in sorted(rows)]
+
+
+def read_curve(path: Path, name: str) -> Curve:
+    """The finite values of one column of a metrics file; [] where file or column is absent."""
+    return [
+        (float(row["step"]), float(row[name]))
+        for row in read_metrics(path)
+        if isinstance(row.get(name), int | float) and math.isfinite(row[name])
+    ]
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:

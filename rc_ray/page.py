@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from rc_ray import __version__, charts, mix_parts, page_parts
@@ -25,7 +24,6 @@ SPLITS = {
 def render(findings: Findings) -> str:
     """The whole page; everything that comes from data or settings is escaped."""
     experiment = findings.experiment
-    style = resources.files("rc_ray").joinpath("report.css").read_text(encoding="utf-8")
     title = f"{experiment.name}: what the run showed"
     domains = findings.results.domains()
     body = [
@@ -42,12 +40,7 @@ def render(findings: Findings) -> str:
         page_parts.data(findings),
         page_parts.reproduce(findings),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{style}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
+    return page_parts.document(title, "".join(body))
 
 
 def _summary(findings: Findings) -> str:

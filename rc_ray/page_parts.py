@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
 from typing import Any
 
 from rc_ray import charts
 from rc_ray.findings import Findings
+from rc_ray.mixtures import Mixture
 from rc_ray.requests import MAIN
 from rc_ray.results import BEYOND, Difference, Score
 from rc_ray.status import dump
@@ -27,6 +29,22 @@ COUNTS = (
     ("cold_test_cases", "cold test cases"),
 )
 """Keys of a prepared domain's metrics and their names in the table of data."""
+
+
+def document(title: str, body: str) -> str:
+    """A whole page that loads nothing; the title is escaped here, the body is HTML already."""
+    style = resources.files("rc_ray").joinpath("report.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{style}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
+    )
+
+
+def prose(sentence: str) -> str:
+    """Escaped, with `names in backticks` as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(sentence))
 
 
 def score_cell(score: Score | None, *, best: bool = False) -> str:
@@ -62,11 +80,6 @@ def table(
         for name, cells in rows
     )
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
-
-
-def prose(sentence: str) -> str:
-    """Escaped, with `names in backticks` as code."""
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(sentence))
 
 
 def probes(findings: Findings, domain: str) -> str:
@@ -210,21 +223,38 @@ def cocktails(findings: Findings) -> str:
     if not findings.mixtures:
         return ""
     cards = []
-    for domain, mixture in findings.mixtures.items():
-        drawn = charts.heat_map(mixture.ingredient_weights, mixture.columns(), centre=0.5)
-        values = list(mixture.ingredient_weights.values())
-        mean = sum(values) / len(values) if values else 0.5
-        cards.append(
-            f'<div class="card"><h3>Weight of the ingredient on <code>{html.escape(domain)}</code>'
-            f"</h3><figure>{drawn}<figcaption>Layers from the input down, by projection; mean "
-            f"{mean:.3f}.</figcaption></figure></div>"
-        )
+    for domain, cocktail in findings.mixtures.items():
+        cards += [
+            f'<div class="card"><h3>Weight of {adapter_name(adapter)} on '
+            f"<code>{html.escape(domain)}</code></h3>{weight_map(cocktail.mixture, adapter)}</div>"
+            for adapter in cocktail.mixture.added
+        ]
     return f'<h2 id="cocktails">How the cocktails mix</h2><div class="grid">{"".join(cards)}</div>'
+
+
+def weight_map(mixture: Mixture, adapter: str) -> str:
+    """The weights of one adapter by layer and projection, with a legend."""
+    drawn = charts.heat_map(mixture.of(adapter), mixture.columns(), centre=mixture.uniform)
+    return (
+        f"<figure>{drawn}<figcaption>Layers from the input down, by projection; mean "
+        f"{mixture.mean(adapter):.3f}, the equal mix has {mixture.uniform:.3f}. Point at a cell, "
+        "or tap it, for its value.</figcaption></figure>"
+    )
+
+
+def adapter_name(name: str) -> str:
+    """An adapter of a mix in a heading, as HTML; all but two bear the name of their domain."""
+    if name in ("spirit", "ingredient"):
+        return f"the {name}"
+    return f"<code>{html.escape(name)}</code>"
 
 
 def training(findings: Findings) -> str:
     """Loss and entropy curves side by side."""
-    mixtures = findings.mixtures.items()
+    entropies = {
+        domain: cocktail.mixture.curves.get("entropy", [])
+        for domain, cocktail in findings.mixtures.items()
+    }
     curves = (
         (
             "Training loss",
@@ -233,13 +263,9 @@ def training(findings: Findings) -> str:
         ),
         (
             "Entropy while the weights are learned",
-            charts.lines(
-                {domain: mixture.entropy for domain, mixture in mixtures},
-                x_label="step",
-                y_label="entropy (nats)",
-            ),
-            "Mean entropy of the next title among the candidates, on the prompts that the "
-            "weights were learned on.",
+            charts.lines(entropies, x_label="step", y_label="entropy (nats)"),
+            "Mean entropy of the next title over the catalogue, on unlabeled prompts of users "
+            "that are never scored.",
         ),
     )
     cards = [

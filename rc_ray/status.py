@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from rc_ray import recipes
 from rc_ray.artifacts import MANIFEST, RunFolder, fingerprint, read_json, sha256_file
 from rc_ray.config import Experiment
 from rc_ray.core.sources import domain_names
-from rc_ray.errors import ArtifactError
+from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.guard import ARTICLES, read_guard
 from rc_ray.prepare import fingerprint_config
 
@@ -71,6 +71,25 @@ def read_status(experiment: Experiment) -> list[StageStatus]:
             state, details = "unneeded", []
         result.append(StageStatus(stage, state, "; ".join(details)))
     return result
+
+
+def refuse_stale(path: Path, experiment: Experiment, stages: Collection[str]) -> None:
+    """Refuse to build on stages that were made with other settings.
+
+    Args:
+        path: the experiment file.
+        experiment: what it says.
+        stages: those that are to be built on.
+
+    Raises:
+        ConfigError: names the stage and the verb that makes it anew.
+    """
+    for status in read_status(experiment):
+        if status.stage in stages and status.state == "stale":
+            raise ConfigError(
+                f"`{status.stage}` in {experiment.run_dir} is stale: {status.detail}; "
+                f"run `rc-ray {status.stage} {path}` with the same settings first"
+            )
 
 
 def told_by_guards(experiment: Experiment) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 import time
@@ -264,6 +265,38 @@ def test_what_the_system_refuses_is_one_plain_line(
     assert told in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert call("prepare", str(path), "--verbose").exception is error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("tolls",), "no cocktail for a domain 'tolls'; did you mean tools? domains: tools"),
+        (("lamps",), "no cocktail for a domain 'lamps'; domains: tools"),
+        (("tools", "--force"), "--explain merges nothing: run it after `rc-ray merge --force`"),
+        (("tools", "--set", "merge.num_epochs=2"), "of other settings or inputs than today's"),
+        (("tools",), "weights.json: missing"),
+    ],
+)
+def test_a_cocktail_that_cannot_be_explained_starts_no_ray(
+    finished: Path, arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def session(*_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("rc_ray.cli._session", session)
+    cocktail = RunFolder(load(finished).run_dir).cocktail_dir("tools")
+    shutil.copytree(cocktail, cocktail.with_name(".tools.half"))  # of a killed merge
+    result = call("merge", str(finished), "--explain", *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_what_was_never_merged_cannot_be_explained(tmp_path: Path) -> None:
+    result = call("merge", str(make_experiment(tmp_path)), "--explain", "tools")
+    assert result.exit_code == 2
+    assert "no cocktail there yet; run `rc-ray merge` first" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_run_leaves_out_what_no_system_needs(

@@ -12,15 +12,19 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from rc_ray import artifacts, evaluate, merge, merge_prompts, prior
 from rc_ray.artifacts import RunFolder
 from rc_ray.calibration_config import CalibrationConfig
+from rc_ray.cli import app
 from rc_ray.config import BASELINES, DEFAULT_SYSTEMS, Experiment
 from rc_ray.core.adapters import load_adapter, save_adapter
 from rc_ray.core.domains import read_domain
 from rc_ray.errors import ArtifactError
+from rc_ray.sample_users import sampled_cases
 from rc_ray.serve.scoring import open_catalogue
+from rc_ray.status import dump
 from tests.conftest import Factory, Screen
 from tests.core.test_model import random_adapter
 
@@ -104,6 +108,43 @@ def test_merge_then_evaluate(experiment: Experiment, screen: Screen) -> None:
     scored = set(ranks["user_id"].to_pylist())
     assert unlabeled
     assert not unlabeled & scored
+
+
+def test_a_finished_cocktail_is_explained(experiment: Experiment, tmp_path: Path) -> None:
+    """The command on the shared Ray: one page with ten validation users, and nothing else new."""
+    run = RunFolder(experiment.run_dir)
+    cocktail = run.cocktail_dir("tools")
+    sealed = (cocktail / "manifest.json").read_bytes()
+    path = tmp_path / "same.yaml"
+    path.write_text(dump(experiment))
+    result = CliRunner().invoke(app, ["merge", str(path), "--explain", "tools", "--verbose"])
+    assert result.exit_code == 0, result.output
+    page = run.explanation_path("tools")
+    assert result.stdout.splitlines()[-1] == str(page)
+    assert [one.name for one in page.parent.iterdir()] == ["tools.html"]
+    assert (cocktail / "manifest.json").read_bytes() == sealed
+    text = page.read_text()
+    assert text.count("<h3>User ") == 10
+    num_systems = text.count("; chosen by ")
+    assert num_systems >= 3
+    assert text.count("next item at rank ") == 10 * num_systems
+    weights = json.loads((cocktail / "weights.json").read_text())
+    assert text.count('class="spot"') == len(weights["modules"])
+
+
+def test_sample_users_lend_no_prompts_and_no_test_clicks(experiment: Experiment) -> None:
+    domain = read_domain(RunFolder(experiment.run_dir).domain_dir("tools"))
+    cases = sampled_cases(domain, seed=3)
+    assert cases == sampled_cases(domain, seed=3)
+    assert len({case.user_id for case in cases}) == 10
+    unlabeled = {case.user_id for case in domain.cases("valid", "warm", "unlabeled")}
+    assert not unlabeled & {case.user_id for case in cases}
+    tested = {
+        case.user_id: case.target
+        for split in ("warm", "cold")
+        for case in domain.cases("test", split)
+    }
+    assert all(case.target != tested.get(case.user_id) for case in cases)
 
 
 def test_probes_change_what_they_may(experiment: Experiment) -> None:
