@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from rc_ray.data_config import DomainName, Section
 
@@ -32,6 +39,8 @@ class FixedMix(Section):
     """Share of an update's entries that TIES and KnOTS keep and DARE does not drop."""
     majority_sign: Literal["total", "frequency"] = "total"
     """How TIES elects a sign: by the sum of the values or by their number."""
+    seed: NonNegativeInt | None = None
+    """What DARE drops by; null: the experiment's."""
 
 
 class LearnedMix(Section):
@@ -59,6 +68,8 @@ class LearnedMix(Section):
     num_prompts: PositiveInt = 48
     num_epochs: PositiveInt = 2
     batch_size: PositiveInt = 8
+    seed: NonNegativeInt | None = None
+    """Which prompts, and in which order; null: the experiment's."""
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: PositiveFloat = 0.1
     pull: NonNegativeFloat = 0.0
@@ -101,6 +112,8 @@ class SearchedMix(Section):
     num_prompts: PositiveInt = 16
     """Validation clicks of users that are never scored."""
     num_evaluations: PositiveInt = 40
+    seed: NonNegativeInt | None = None
+    """Which clicks, and which weights are tried; null: the experiment's."""
     granularity: Granularity = "model"
     max_weight: PositiveFloat = 1.5
     """Weights lie between minus this and this."""

@@ -180,7 +180,7 @@ def make_mix(
     ]
     rank = plan["rank"]
     if isinstance(config, FixedMix):
-        mixed = _by_formula(config, adapters, rank, opened.order["seed"])
+        mixed = _by_formula(config, adapters, rank, _seed(opened, config))
     else:
         mixed = _by_learning(opened, name, config, adapters, rank, log)
     save_adapter(work, mixed.adapter, opened.model_name)
@@ -214,6 +214,11 @@ def make_mix(
     }
 
 
+def _seed(opened: OpenDomain, config: MixConfig) -> int:
+    seed: int = opened.order["seed"] if config.seed is None else config.seed
+    return seed
+
+
 def _by_formula(
     config: FixedMix, adapters: Sequence[Adapter], rank: int | None, seed: int
 ) -> _Mixed:
@@ -236,7 +241,7 @@ def _by_learning(
     prompts = prompts_for(
         opened.domain,
         config,
-        opened.order["seed"],
+        _seed(opened, config),
         num_test_users=opened.evaluate.num_test_users,
         split_seed=opened.order["split_seed"],
     )
@@ -290,7 +295,7 @@ def _steps(
     prompts: Sequence[UnlabeledPrompt],
     config: LearnedMix | SearchedMix,
 ) -> Iterator[WeightingStep]:
-    seed = opened.order["seed"]
+    seed = _seed(opened, config)
     if isinstance(config, SearchedMix):
         return search_weights(ranker, adapters, prompts, config, seed, with_prior=opened.with_prior)
     calibration, with_prior = None, opened.with_prior

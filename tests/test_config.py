@@ -11,6 +11,8 @@ from rc_ray.config import load
 from rc_ray.errors import ConfigError
 from tests.tiny import make_experiment, make_model
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -121,3 +123,8 @@ def test_a_choice_without_labels_must_know_how_negatives_were_drawn(path: Path) 
         load(path, (wanted, "data.negatives=category"))
     assert "`data.negatives: category` draws by the history" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_of_the_repository_is_one(path: Path) -> None:
+    assert load(path).name == path.stem
