@@ -61,6 +61,15 @@ class RunFolder:
         """Of all domains' trials in one table; `.json` beside it is for programs."""
         return self.root / "ingredients" / "sweep.md"
 
+    @property
+    def search_path(self) -> Path:
+        """Of all domains' trials of a search over merge settings; `.json` is for programs."""
+        return self.root / "cocktails" / "search.md"
+
+    @property
+    def mix_work(self) -> Path:
+        return self.root / "cocktails.work"
+
     def cocktail_dir(self, domain: str) -> Path:
         return self.root / "cocktails" / domain
 
@@ -84,7 +93,7 @@ class RunFolder:
 
     def mix_work_dir(self, domain: str) -> Path:
         """Single mixes with manifests of their own, so that none is ever made twice."""
-        return self.root / "cocktails.work" / domain
+        return self.mix_work / domain
 
     @property
     def evaluate_dir(self) -> Path:

@@ -80,12 +80,30 @@ def train(
 def tune(
     experiment: ExperimentFile,
     overrides: Overrides = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge", help="search the cocktails' settings instead (`merge.search`): verb merge"
+        ),
+    ] = False,
     force: Force = False,
     verbose: Verbose = False,
     address: Address = None,
 ) -> None:
     """Train the ingredients, one trial per domain and setting, with Ray Tune."""
-    _run_stages(experiment, overrides, ("tune",), force, verbose, address)
+    if not merge:
+        _run_stages(experiment, overrides, ("tune",), force, verbose, address)
+        return
+    with plain_errors(verbose):
+        from rc_ray.config import load
+        from rc_ray.errors import ConfigError
+
+        if load(experiment, tuple(overrides or ())).merge.search is None:
+            raise ConfigError(
+                "`--merge` searches over merge settings, but `merge.search` names none; add e.g. "
+                "`merge.search: {granularity: [model, linear]}`"
+            )
+    _run_stages(experiment, overrides, ("merge",), force, verbose, address)
 
 
 @app.command()
@@ -97,7 +115,10 @@ def merge(
     verbose: Verbose = False,
     address: Address = None,
 ) -> None:
-    """Learn, without labels, how to mix spirit and ingredient into cocktails."""
+    """Learn, without labels, how to mix spirit and ingredient into cocktails.
+
+    With `merge.search`, a trial per domain and setting on Ray Tune, and each domain's best.
+    """
     if explain is None:
         _run_stages(experiment, overrides, ("merge",), force, verbose, address)
         return

@@ -6,6 +6,7 @@ exactly what `config.yaml` in its run folder says.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -213,14 +214,16 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _neighbours(self) -> Experiment:
-        named = self.merge.neighbours
-        strangers = [one for one in named if one not in self.data.ingredients]
-        if named != "all" and strangers:
-            raise ValueError(
-                f"`merge.neighbours` names {', '.join(strangers)}, which has no ingredient; take "
-                f"some of `data.ingredients` ({', '.join(self.data.ingredients)})"
-            )
-        if named or self.data.guests:
+        field = "merge.neighbours" if self.merge.search is None else "merge.search.neighbours"
+        settings = [one.merge for one in self.variants()]
+        for named in (setting.neighbours for setting in settings):
+            strangers = [one for one in named if one not in self.data.ingredients]
+            if named != "all" and strangers:
+                raise ValueError(
+                    f"`{field}` names {', '.join(strangers)}, which has no ingredient; take "
+                    f"some of `data.ingredients` ({', '.join(self.data.ingredients)})"
+                )
+        if any(setting.neighbours for setting in settings) or self.data.guests:
             taken = sorted({"spirit", "ingredient"} & set(self.data.ingredients))
             if taken:
                 raise ValueError(
@@ -231,11 +234,9 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _no_catalogue_to_learn_on(self) -> Experiment:
-        mixes = {
-            "merge": self.merge,
-            **{f"merge.mixes.{n}": m for n, m in self.merge.mixes.items()},
-        }
-        for field, mix in mixes.items():
+        mixes = [("merge", one.merge) for one in self.variants()]
+        named = [(f"merge.mixes.{name}", mix) for name, mix in self.merge.mixes.items()]
+        for field, mix in (*mixes, *named):
             over_all = isinstance(mix, LearnedMix) and mix.over == "catalogue"
             if over_all and self.tune.style == "instruct":
                 raise ValueError(
@@ -249,8 +250,8 @@ class Experiment(Section):
         for name, mix in self.merge.mixes.items():
             if not isinstance(mix, FixedMix) or mix.weights is None:
                 continue
-            for domain in self.data.tested:
-                adapters = self.adapter_names(domain)
+            for one, domain in itertools.product(self.variants(), self.data.tested):
+                adapters = one.adapter_names(domain)
                 if len(adapters) != len(mix.weights):
                     raise ValueError(
                         f"`merge.mixes.{name}.weights` has {len(mix.weights)} values, but on "
@@ -302,8 +303,19 @@ class Experiment(Section):
 
     @property
     def can_mix(self) -> bool:
-        """Whether every tested domain has two adapters or more."""
-        return all(len(self.adapter_names(domain)) > 1 for domain in self.data.tested)
+        """Whether every tested domain has two adapters or more, at each setting of a search."""
+        return all(
+            len(one.adapter_names(domain)) > 1
+            for one in self.variants()
+            for domain in self.data.tested
+        )
+
+    def variants(self) -> tuple[Experiment, ...]:
+        """The experiment at each setting of `merge.search`; itself where nothing is searched."""
+        merge = self.merge
+        if merge.search is None:
+            return (self,)
+        return tuple(self.model_copy(update={"merge": merge.at(one)}) for one in merge.settings())
 
     def is_mixed(self, system: System) -> bool:
         """Whether a system is made by the merge."""

@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rc_ray import artifacts, recipes
+from rc_ray import artifacts
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.guard import ARTICLES
+from rc_ray.merge_choice import sentence, write_summary
+from rc_ray.merge_plan import make_order
+from rc_ray.merge_search import RESOURCE_FIELDS, search
 from rc_ray.progress import JsonlTail, Progress, TaskHandle, polled
 from rc_ray.session import require_resources
 
@@ -38,7 +41,8 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     Returns:
         The folder with one folder per domain: the cocktail as a PEFT LoRA, its weights, the
         entropy curve, the fold check, `uniform/`, the equal mix, `mixes/`, the named ones, and
-        `guard.json`, what is to be served.
+        `guard.json`, what is to be served; after a search `trials.parquet`, and beside the domains
+        `search.md` and `search.json`.
 
     Raises:
         ConfigError: the cluster has no room for a single task.
@@ -47,21 +51,29 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     folder = RunFolder(experiment.run_dir.absolute())
     console.stage("merge: the cocktails")
     failed: dict[str, str] = {}
-    orders = []
+    orders: list[dict[str, Any]] = []
+    if force:
+        shutil.rmtree(folder.mix_work, ignore_errors=True)
     for domain in experiment.data.tested:
         try:
             order = make_order(experiment, folder, domain)
         except ArtifactError as error:
             failed[domain] = str(error)
             continue
-        if force:
-            shutil.rmtree(order["work"], ignore_errors=True)
-        elif _is_complete(Path(order["target"]), order["fingerprint"]):
+        if not force and _is_complete(Path(order["target"]), order["fingerprint"]):
             console.note(f"{order['target']} is up to date")
             continue
         orders.append(order)
-    if orders:
+    if not orders:
+        pass
+    elif experiment.merge.search is None:
         failed |= _mix_all(experiment, orders, console)
+    else:
+        searched = search(experiment, folder, orders, console)
+        failed |= searched.failed
+        if searched.orders:
+            failed |= _mix_all(experiment, searched.orders, console)
+        console.note(f"all trials: {write_summary(experiment, folder, failed, searched.spent)}")
     if failed:
         raise CocktailsFailed(
             "\n".join(f"merge: {_lacking(name)}: {why}" for name, why in failed.items())
@@ -82,43 +94,6 @@ def _is_complete(target: Path, fingerprint: str) -> bool:
     return not metrics.get("failed_mixes")
 
 
-def make_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[str, Any]:
-    """What the task of one domain needs to know; all JSON-able.
-
-    Raises:
-        ArtifactError: the domain or one of the adapters is not there yet.
-    """
-    merge = experiment.merge
-    recipe = recipes.cocktail(experiment, domain)
-    config, inputs = recipe.config, recipe.inputs(folder)
-    mixes = {}
-    for name in recipes.mixes(experiment):
-        own = recipes.mix(experiment, domain, name).config
-        known = artifacts.fingerprint(config=own, seed=experiment.seed, inputs=inputs)
-        mixes[name] = {"config": own, "fingerprint": known}
-    adapters = recipes.adapters(experiment, domain)
-    return {
-        "domain": domain,
-        "domain_dir": str(folder.domain_dir(domain)),
-        "adapters": {name: str(folder.root / place) for name, place in adapters.items()},
-        "mixes": mixes,
-        "work": str(folder.mix_work_dir(domain)),
-        "target": str(folder.cocktail_dir(domain)),
-        "curve_path": str(folder.root / "cocktails" / f".{domain}.entropy.jsonl"),
-        "seed": experiment.seed,
-        "split_seed": experiment.split_seed,
-        "negatives": experiment.data.negatives,
-        "evaluate": experiment.evaluate.model_dump(mode="json"),
-        "num_cpus": merge.cpus_per_task,
-        "use_gpu": merge.gpus_per_task > 0,
-        "tokens_per_batch": experiment.evaluate.tokens_per_batch,
-        "micro_batch_size": merge.micro_batch_size,
-        "config": config,
-        "inputs": inputs,
-        "fingerprint": artifacts.fingerprint(config=config, seed=experiment.seed, inputs=inputs),
-    }
-
-
 def _mix_all(
     experiment: Experiment, orders: list[dict[str, Any]], console: Progress
 ) -> dict[str, str]:
@@ -129,14 +104,19 @@ def _mix_all(
     from rc_ray.mixing import mix_domain
 
     merge = experiment.merge
+    memory = int((merge.memory_per_task_gb or 0.0) * 1e9)
     require_resources(
-        "`merge.cpus_per_task` and `merge.gpus_per_task`",
+        RESOURCE_FIELDS,
         cpus=merge.cpus_per_task,
         gpus=merge.gpus_per_task,
+        memory=memory,
     )
     model = str(model_dir(experiment.model.path, console.note))
     task = ray.remote(mix_domain).options(
-        num_cpus=merge.cpus_per_task, num_gpus=merge.gpus_per_task, max_retries=2
+        num_cpus=merge.cpus_per_task,
+        num_gpus=merge.gpus_per_task,
+        memory=memory or None,
+        max_retries=2,
     )
     for order in orders:
         Path(order["curve_path"]).unlink(missing_ok=True)
@@ -162,6 +142,8 @@ def _mix_all(
 
 def _told(domain: str, result: dict[str, Any]) -> Iterator[str]:
     """What a finished domain says on the console."""
+    if "search" in result:
+        yield f"{domain}: {sentence(result['search'])}"
     weights = ", ".join(f"{name} {one:.2f}" for name, one in result["mean_weights"].items())
     yield (
         f"{domain}: entropy {result['first_entropy']:.3f} -> {result['last_entropy']:.3f} nats; "

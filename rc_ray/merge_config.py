@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -10,10 +12,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     model_validator,
 )
 
 from rc_ray.data_config import DomainName, Section
+from rc_ray.search_space import SearchSpace, apply_point, read_space
 
 FixedMethod = Literal[
     "linear",
@@ -134,23 +138,175 @@ class GuardConfig(Section):
     """NDCG by which a control must be ahead for the cocktail to be refused."""
 
 
-class MergeConfig(LearnedMix):
-    """The cocktail, which is a learned mix, and everything that is made beside it."""
+class MergeSetting(LearnedMix):
+    """The cocktail: how it is learned, from whose adapters, and in which rank it is saved."""
 
-    mixes: dict[MixName, MixConfig] = Field(default_factory=dict)
-    """Further mixes by name, to compare; `evaluate.systems` may name them."""
     neighbours: tuple[DomainName, ...] | Literal["all"] = ()
     """Other domains whose ingredients are mixed in too; a domain's own never counts twice."""
     rank: PositiveInt | None = None
     """Rank of the mixes as they are saved; null keeps the sum of ranks, which is exact."""
+
+
+_SAME_MEASURE = (
+    "granularity",
+    "parametrisation",
+    "temperature",
+    "num_epochs",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "pull",
+    "neighbours",
+)
+"""Settings that change what is found, but not what `choose_by: objective` measures of it."""
+_MAX_POINTS = 1000
+"""Of a search; each is learned on every domain."""
+
+
+class MergeConfig(MergeSetting):
+    """The cocktail, which is a learned mix, and everything that is made beside it."""
+
+    mixes: dict[MixName, MixConfig] = Field(default_factory=dict)
+    """Further mixes by name, to compare; `evaluate.systems` may name them."""
     guard: GuardConfig = GuardConfig()
     search: dict[str, Any] | None = None
-    """Settings of the cocktail to search, written as in `tune.search`."""
+    """Settings of the cocktail to try on every domain, by field of this section (`learning_rate`,
+    `granularity`, `neighbours`, `rank` ...), written as in `tune.search`."""
     num_samples: PositiveInt = 1
-    """Settings that a search with distributions draws."""
+    """Settings that a search with distributions draws, for each point of the grid."""
+    search_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the draws; the same for every domain."""
     choose_by: Literal["valid_ndcg", "objective"] = "valid_ndcg"
-    """What a search is decided by: validation clicks, or the unlabeled objective."""
+    """What a search is decided by: validation clicks of users whom the guard does not ask, or the
+    unlabeled objective at the learned weights."""
     micro_batch_size: PositiveInt | None = None
     """Prompts whose gradients are held at once; changes memory, not the result. Null: all."""
     cpus_per_task: PositiveFloat = 1.0
     gpus_per_task: NonNegativeFloat = 0.0
+    memory_per_task_gb: PositiveFloat | None = None
+    """Main memory that a task or trial is given on its node, in 10^9 bytes; null: as many run side
+    by side as CPUs and GPUs allow."""
+    max_concurrent_trials: PositiveInt | None = None
+    """Of a search; null: as many as the cluster has resources for."""
+
+    @model_validator(mode="after")
+    def _search_holds_together(self) -> MergeConfig:
+        if self.search is None:
+            if self.num_samples != 1:
+                raise ValueError("`num_samples` is set, but there is no `search` that draws")
+            return self
+        if not self.search:
+            raise ValueError("`search` names no setting; name one, or leave `search` out")
+        for field in self.search:
+            if field not in MergeSetting.model_fields or field == "method":
+                raise ValueError(
+                    f"`search` names the unknown field {field}; known: {_known_fields()}"
+                )
+        space = self._space
+        if self.num_samples != 1 and not space.distributions:
+            raise ValueError(
+                "`num_samples` is set, but `search` draws nothing; add a distribution such as "
+                "{loguniform: [0.01, 1.0]}, or leave `num_samples` out"
+            )
+        num_points = math.prod(len(values) for values in space.grids.values())
+        num_points *= self.num_samples if space.distributions else 1
+        if num_points > _MAX_POINTS:
+            raise ValueError(
+                f"`search` has {num_points:,} points, each learned on every domain; list fewer "
+                f"values or draw them, at most {_MAX_POINTS:,} points"
+            )
+        for field, distribution in space.distributions.items():
+            for value in distribution.ends:
+                self._setting({**space.draw(self.search_seed, 0), field: value})
+        settings = self.settings()
+        if self.choose_by == "objective":
+            self._check_comparable(settings)
+        return self
+
+    def _check_comparable(self, settings: tuple[MergeSetting, ...]) -> None:
+        """Refuse to compare objectives that do not measure the same."""
+        by_clicks = "take `choose_by: valid_ndcg`"
+        if any(setting.objective == "clicks" for setting in settings):
+            raise ValueError(
+                "`choose_by: objective` chooses without labels, and `objective: clicks` is one; "
+                f"{by_clicks}"
+            )
+        for field in self.search or {}:
+            if field == "rank":
+                raise ValueError(
+                    "`choose_by: objective` measures the mix before it is compressed, so it cannot "
+                    f"tell one `rank` from another; {by_clicks}"
+                )
+            if field not in _SAME_MEASURE:
+                raise ValueError(
+                    f"`choose_by: objective` cannot compare settings that differ in `{field}`, "
+                    f"which changes what the objective measures; {by_clicks}, or leave `{field}` "
+                    "out of `search`"
+                )
+        first = settings[0]
+        if "batch_size" in (self.search or {}) and first.objective == "anchored":
+            raise ValueError(
+                "`objective: anchored` measures the mean prediction of a batch, so `choose_by: "
+                f"objective` cannot compare settings that differ in `batch_size`; {by_clicks}"
+            )
+        anchored = first.objective in ("anchored", "distillation")
+        if "neighbours" in (self.search or {}) and (anchored or first.score == "calibrated"):
+            why = f"objective: {first.objective}" if anchored else "score: calibrated"
+            raise ValueError(
+                f"`{why}` measures against the adapters that are mixed, so `choose_by: objective` "
+                f"cannot compare settings that differ in `neighbours`; {by_clicks}"
+            )
+
+    @property
+    def _space(self) -> SearchSpace:
+        return read_space(self.search or {})
+
+    @property
+    def is_chosen_by_clicks(self) -> bool:
+        """Whether validation users choose a setting, who then cannot be the guard's."""
+        return self.search is not None and self.choose_by == "valid_ndcg"
+
+    def settings(self) -> tuple[MergeSetting, ...]:
+        """One per point of the grid and draw of `search`; the only one where there is no search."""
+        settings: list[MergeSetting] = []
+        for point in self._space.points(self.num_samples, self.search_seed):
+            setting = self._setting(point)
+            if setting in settings:
+                raise ValueError("`search` has the same point twice; give each value once")
+            settings.append(setting)
+        return tuple(settings)
+
+    def at(self, setting: MergeSetting) -> MergeConfig:
+        """This section with one setting in place and nothing to search."""
+        fields = {name: getattr(setting, name) for name in MergeSetting.model_fields}
+        return self.model_copy(update={**fields, "search": None, "num_samples": 1})
+
+    def label(self, setting: MergeSetting) -> str:
+        """The searched fields' values: `granularity=model learning_rate=0.1`."""
+        parts = []
+        for name in self.search or {}:
+            value = getattr(setting, name)
+            if isinstance(value, tuple):
+                value = "+".join(value) or "none"
+            parts.append(f"{name}={value}")
+        return " ".join(parts)
+
+    def _setting(self, point: Mapping[str, Any]) -> MergeSetting:
+        fields = {name: getattr(self, name) for name in MergeSetting.model_fields}
+        try:
+            return MergeSetting.model_validate(apply_point(fields, point, _known_fields))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = str(first["loc"][0]) if first["loc"] else ""
+            what = first["msg"].removeprefix("Value error, ")
+            if place == "neighbours":
+                what = "each value is a list of domains, or all, as in [[], [books, games], all]"
+            if "integer" in what and place in self._space.distributions:
+                what += "; draw it with `randint` or `choice`"
+            raise ValueError(
+                f"`search` has a value that does not hold: {place or 'a point'}: {what}"
+            ) from None
+
+
+def _known_fields() -> str:
+    return ", ".join(field for field in MergeSetting.model_fields if field != "method")

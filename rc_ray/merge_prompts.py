@@ -54,6 +54,26 @@ def scored_cases(domain: Domain, num_test_users: int | None, seed: int) -> list[
     return sample(domain.cases("test", "warm"), num_test_users, seed)
 
 
+def valid_parts(
+    domain: Domain, num_users: int, seed: int
+) -> tuple[list[RankingCase], list[RankingCase]]:
+    """Validation users in two parts that share nobody: those who choose, and some of the others.
+
+    Who has chosen a setting makes it look better than it is, so the guard asks the others then.
+
+    Args:
+        domain: prepared.
+        num_users: in each part at most; where there are fewer than twice as many, half of them
+            choose.
+        seed: of the samples.
+    """
+    cases = domain.cases("valid", "warm")
+    choosing = sample(cases, min(num_users, -(-len(cases) // 2)), seed)
+    taken = {case.user_id for case in choosing}
+    others = [case for case in cases if case.user_id not in taken]
+    return choosing, sample(others, num_users, seed)
+
+
 def unlabeled_prompts(
     domain: Domain, num_prompts: int, seed: int, *, with_target: bool = False
 ) -> list[UnlabeledPrompt]:

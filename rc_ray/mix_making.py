@@ -36,7 +36,7 @@ from rc_ray.errors import ArtifactError
 from rc_ray.guard import Judged
 from rc_ray.guard_scores import judge
 from rc_ray.merge_config import FixedMix, GuardConfig, LearnedMix, MixConfig, SearchedMix
-from rc_ray.merge_prompts import prompts_for, unlabeled_prompts
+from rc_ray.merge_prompts import prompts_for, unlabeled_prompts, valid_parts
 from rc_ray.shards import Stopwatch
 
 _NUM_CHECK_PROMPTS = 4
@@ -48,15 +48,17 @@ class OpenDomain:
     """What all mixes of one domain share; each part is loaded once, when it is first asked for.
 
     Args:
-        order: of the domain, see `merge.make_order`.
+        order: of the domain, see `merge_plan.make_order`.
+        lm: the base LLM, where the process has it already.
     """
 
-    def __init__(self, order: Mapping[str, Any]) -> None:
+    def __init__(self, order: Mapping[str, Any], lm: LanguageModel | None = None) -> None:
         self.order = order
+        self._lm = lm
         self.model_name: str = order["config"]["model"]["path"]
         self.with_prior: bool = order["config"]["with_prior"]
         self.evaluate = EvaluateConfig.model_validate(order["evaluate"])
-        self.guard = GuardConfig.model_validate(order["config"]["merge"]["guard"])
+        self.guard = GuardConfig.model_validate(order["guard"])
 
     @cached_property
     def adapters(self) -> dict[str, Adapter]:
@@ -72,6 +74,8 @@ class OpenDomain:
 
     @cached_property
     def lm(self) -> LanguageModel:
+        if self._lm is not None:
+            return self._lm
         device = "cuda" if self.order["use_gpu"] else "cpu"
         return load_language_model(
             local_model_dir(self.order["model_dir"], self.model_name),
@@ -108,16 +112,26 @@ class OpenDomain:
 
     @cached_property
     def valid_cases(self) -> list[RankingCase]:
-        """Validation clicks that the guard compares systems on."""
-        cases = self.domain.cases("valid", "warm")
-        return sample(cases, self.guard.num_valid_users, self.order["split_seed"])
+        """Validation clicks that the guard compares systems on; of none who chose a setting."""
+        num_users, seed = self.guard.num_valid_users, self.order["split_seed"]
+        if self.order["is_chosen_by_clicks"]:
+            return valid_parts(self.domain, num_users, seed)[1]
+        return sample(self.domain.cases("valid", "warm"), num_users, seed)
 
-    def judged(self, adapters: Mapping[str, Adapter]) -> dict[str, Judged]:
-        """Systems on the validation users; empty where there are none."""
+    @cached_property
+    def choosing_cases(self) -> list[RankingCase]:
+        """Validation clicks that choose before the guard is asked."""
+        num_users, seed = self.guard.num_valid_users, self.order["split_seed"]
+        return valid_parts(self.domain, num_users, seed)[0]
+
+    def judged(
+        self, adapters: Mapping[str, Adapter], cases: Sequence[RankingCase] | None = None
+    ) -> dict[str, Judged]:
+        """Systems on validation users, the guard's if no others are given; empty for nobody."""
         return judge(
             self.ranker(self.evaluate.max_titles),
             adapters,
-            self.valid_cases,
+            self.valid_cases if cases is None else cases,
             self.domain.log_prior(),
             self.evaluate,
             with_prior=self.with_prior,
@@ -127,7 +141,7 @@ class OpenDomain:
     def calibration(self, adapters: Sequence[Adapter]) -> tuple[CalibratedScore, bool]:
         """Settings of the score under equal weights, and whether the prior is in the trie."""
         equal = merge_fixed_measured(adapters, FixedMix(method="linear"), 0)[0]
-        found = self.judged({"uniform": equal})
+        found = self.judged({"uniform": equal}, self.choosing_cases)
         if not found:
             return CalibratedScore(0.0, 0.0, self.domain.log_prior()), self.with_prior
         chosen = found["uniform"].calibration
@@ -298,9 +312,7 @@ def _steps(
     seed = _seed(opened, config)
     if isinstance(config, SearchedMix):
         return search_weights(ranker, adapters, prompts, config, seed, with_prior=opened.with_prior)
-    calibration, with_prior = None, opened.with_prior
-    if config.score == "calibrated":
-        calibration, with_prior = opened.calibration(adapters)
+    calibration, with_prior = scored_by(opened, adapters, config)
     return learn_weights(
         ranker,
         adapters,
@@ -311,6 +323,15 @@ def _steps(
         micro_batch_size=opened.order["micro_batch_size"],
         calibration=calibration,
     )
+
+
+def scored_by(
+    opened: OpenDomain, adapters: Sequence[Adapter], config: LearnedMix
+) -> tuple[CalibratedScore | None, bool]:
+    """What a mix's `score` is: its calibration, if any, and whether the prior is in the trie."""
+    if config.score == "calibrated":
+        return opened.calibration(adapters)
+    return None, opened.with_prior
 
 
 def fold_check(

@@ -7,6 +7,7 @@ from typing import Any
 
 from rc_ray.findings import Findings
 from rc_ray.guard import ARTICLES
+from rc_ray.merge_choice import sentence
 from rc_ray.page_parts import prose, table
 
 TRANSDUCTIVE = "scored users (transductive)"
@@ -19,6 +20,8 @@ def sentences(findings: Findings) -> list[str]:
         if mixture.guard is not None:
             chosen = ARTICLES[mixture.guard.chosen]
             found.append(f"On `{domain}` the guard serves {chosen}. {mixture.guard.sentences}")
+        if "search" in mixture.about:
+            found.append(f"On `{domain}` the setting {sentence(mixture.about['search'])}")
         named = {"cocktail": mixture.about, **mixture.about.get("mixes", {})}
         seen = [name for name, about in named.items() if _is_transductive(about)]
         if seen:

@@ -10,7 +10,7 @@ import shutil
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import TypeAdapter
 
@@ -32,6 +32,8 @@ from rc_ray.merge_config import MixConfig
 from rc_ray.mix_making import OpenDomain, make_mix
 from rc_ray.shards import Stopwatch
 
+TRIALS_FILE = "trials.parquet"
+"""Beside a cocktail that a search has chosen: its trials."""
 NEEDED = ("cocktail", "uniform")
 """Mixes without which a domain has no cocktail."""
 
@@ -71,11 +73,16 @@ def _mix(order: dict[str, Any]) -> dict[str, Any]:
         "guard": {name: guard[name] for name in ("chosen", "why", "collapse")},
         "task_seconds": round(watch.lap(), 1),
     }
+    search = order.get("search")  # what was chosen among the settings of a search
+    if search is not None:
+        metrics["search"] = search["told"]
     with replaced_dir(Path(order["target"])) as work:
         for name, folder in made.items():
             # The manifest of the whole folder takes the place of the cocktail's own.
             left_out = shutil.ignore_patterns(MANIFEST) if name == "cocktail" else None
             shutil.copytree(folder, work / mix_place(name), ignore=left_out, dirs_exist_ok=True)
+        if search is not None:
+            shutil.copyfile(search["table"], work / TRIALS_FILE)
         write_json(work / GUARD_FILE, guard)
         write_manifest(
             work,
@@ -96,29 +103,43 @@ def _make_missing(opened: OpenDomain) -> dict[str, str]:
     curve_path.parent.mkdir(parents=True, exist_ok=True)
     with curve_path.open("w", encoding="utf-8") as log:
         for name, plan in order["mixes"].items():
-            folder = _work_dir(order, name)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if restored(folder) and is_finished(folder, plan["fingerprint"]):
-                continue
-            config: MixConfig = TypeAdapter(MixConfig).validate_python(plan["config"]["mix"])
-            settings = {"rank": plan["config"]["rank"], "random": plan["config"].get("random", ())}
             try:
-                with replaced_dir(folder) as work:
-                    metrics = make_mix(opened, name, settings, config, work, log)
-                    write_manifest(
-                        work,
-                        stage="merge",
-                        config=plan["config"],
-                        seed=order["seed"],
-                        inputs=order["inputs"],
-                        metrics=metrics,
-                    )
+                make_sealed(opened, name, plan, _work_dir(order, name), log)
             except (UserError, ValueError) as error:  # of settings that do not fit the domain
                 failed[name] = str(error)
             except Exception as error:
                 traceback.print_exc()  # into the worker's log
                 failed[name] = f"{type(error).__name__}: {error}"
     return failed
+
+
+def make_sealed(
+    opened: OpenDomain, name: str, plan: Mapping[str, Any], folder: Path, log: TextIO
+) -> None:
+    """Make a mix in a folder with a manifest of its own, unless it is there.
+
+    Args:
+        opened: the domain.
+        name: of the mix.
+        plan: of the mix, see `merge_plan.plan_mix`.
+        folder: where it goes.
+        log: takes a line per step, for who watches.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if restored(folder) and is_finished(folder, plan["fingerprint"]):
+        return
+    config: MixConfig = TypeAdapter(MixConfig).validate_python(plan["config"]["mix"])
+    settings = {"rank": plan["config"]["rank"], "random": plan["config"].get("random", ())}
+    with replaced_dir(folder) as work:
+        metrics = make_mix(opened, name, settings, config, work, log)
+        write_manifest(
+            work,
+            stage="merge",
+            config=plan["config"],
+            seed=opened.order["seed"],
+            inputs=plan["inputs"],
+            metrics=metrics,
+        )
 
 
 def _judged(
@@ -138,4 +159,5 @@ def _judged(
 
 
 def _work_dir(order: Mapping[str, Any], name: str) -> Path:
-    return Path(order["work"]) / name
+    """Where a mix is made; a cocktail that a search has chosen lies in its trial's folder."""
+    return Path(order["mixes"][name].get("folder") or Path(order["work"]) / name)

@@ -41,7 +41,13 @@ _EXECUTION: dict[str, set[str]] = {
         "tokens_per_pass",
         "checkpoint_every",
     },
-    "merge": {"cpus_per_task", "gpus_per_task", "micro_batch_size"},
+    "merge": {
+        "cpus_per_task",
+        "gpus_per_task",
+        "memory_per_task_gb",
+        "max_concurrent_trials",
+        "micro_batch_size",
+    },
     "evaluate": {"num_actors", "cpus_per_actor", "gpus_per_actor", "tokens_per_batch"},
 }
 """Fields that say how a stage runs, not what comes out."""
@@ -145,17 +151,30 @@ def mix(experiment: Experiment, domain: str, name: str) -> Recipe:
     shaping: dict[str, Any] = {
         "mix": config.model_dump(mode="json"),
         "rank": experiment.merge.rank,
-        **_form(experiment),
+        **form(experiment),
     }
     if name == "random_spirit":
         shaping["random"] = ["spirit"]
     if _is_calibrated(config):
-        # By equal weights, on the guard's users.
-        num_users = experiment.merge.guard.num_valid_users
-        shaping["scores"] = _scores(experiment) | {"num_valid_users": num_users}
+        shaping["scores"] = _choosing(experiment)  # by equal weights
     if _is_transductive(config):
         shaping["num_test_users"] = experiment.evaluate.num_test_users
     return Recipe(shaping, (*adapters(experiment, domain).values(), f"data/{domain}"))
+
+
+def merge_trial(experiment: Experiment, variant: Experiment, domain: str) -> Recipe:
+    """Of the cocktail at one setting, and of what it is compared by.
+
+    Args:
+        experiment: the one that searches.
+        variant: the same at one setting.
+        domain: its name.
+    """
+    made = mix(variant, domain, "cocktail")
+    config = {**made.config, "choose_by": experiment.merge.choose_by}
+    if experiment.merge.is_chosen_by_clicks:
+        config["scores"] = _choosing(experiment)
+    return Recipe(config, made.reads)
 
 
 def cocktail(experiment: Experiment, domain: str) -> Recipe:
@@ -163,14 +182,22 @@ def cocktail(experiment: Experiment, domain: str) -> Recipe:
     shaping: dict[str, Any] = {
         "merge": merge.model_dump(mode="json", exclude=_EXECUTION["merge"]),
         "made": list(made),
-        **_form(experiment),
+        **form(experiment),
     }
-    if any(_is_transductive(config) for config in made.values()):
+    variants = experiment.variants()
+    if any(_is_transductive(config) for one in variants for config in mixes(one).values()):
         shaping["num_test_users"] = experiment.evaluate.num_test_users
-    is_scored = any(_is_calibrated(config) for config in made.values())
-    if merge.guard.enabled or is_scored:  # both calibrate as the evaluation does
+    is_scored = any(_is_calibrated(config) for one in variants for config in mixes(one).values())
+    # All of these calibrate as the evaluation does.
+    if merge.guard.enabled or merge.is_chosen_by_clicks or is_scored:
         shaping["scores"] = _scores(experiment)
-    return Recipe(shaping, (*adapters(experiment, domain).values(), f"data/{domain}"))
+    mixed = dict.fromkeys(place for one in variants for place in adapters(one, domain).values())
+    return Recipe(shaping, (*mixed, f"data/{domain}"))
+
+
+def _choosing(experiment: Experiment) -> dict[str, Any]:
+    """How validation users choose before the guard asks anybody."""
+    return _scores(experiment) | {"num_valid_users": experiment.merge.guard.num_valid_users}
 
 
 def _is_transductive(config: MixConfig) -> bool:
@@ -187,7 +214,7 @@ def _scores(experiment: Experiment) -> dict[str, Any]:
     return experiment.evaluate.model_dump(mode="json", include=fields)
 
 
-def _form(experiment: Experiment) -> dict[str, Any]:
+def form(experiment: Experiment) -> dict[str, Any]:
     """What all mixes are made from, beside adapters and data."""
     return {
         "style": experiment.tune.style,

@@ -1,6 +1,6 @@
 """One run of Ray Tune over the trials that are left: fresh, or on from where a killed driver was.
 
-Tune's books lie under `ingredients.work/.tune` for the length of a sweep, named after everything
+Tune's books lie under `.tune` beside the trials for the length of a sweep, named after everything
 that shapes it: a sweep of the same name goes on with `Tuner.restore`, any other starts anew. The
 trials' own folders are the record, so even then no finished trial is run again.
 """
@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rc_ray.tune_config import TuneConfig
-
 MAX_RESTARTS = 2
 """Of a trial whose process died; an exception is final."""
 
@@ -27,7 +25,7 @@ class Request:
     cpus: float
     gpus: float
     memory: int
-    """Bytes."""
+    """Bytes; 0 asks for none."""
     num_workers: int = 1
 
     @property
@@ -35,7 +33,8 @@ class Request:
         """Resources of Tune's own process: none but a byte where it waits for workers."""
         if self.num_workers > 1:
             return {"cpu": 0, "memory": 1}
-        return {"cpu": self.cpus, "gpu": self.gpus, "memory": self.memory}
+        asked = {"cpu": self.cpus, "gpu": self.gpus, "memory": self.memory}
+        return {name: value for name, value in asked.items() if value}
 
 
 def fit(
@@ -43,10 +42,10 @@ def fit(
     orders: Sequence[Path],
     orders_dir: Path,
     trainable: Callable[[dict[str, Any]], None],
-    config: TuneConfig,
     request: Request,
     *,
     num_slots: int,
+    max_concurrent: int | None = None,
     scheduler: Any = None,
     searcher: Any = None,
     num_samples: int = 1,
@@ -59,9 +58,9 @@ def fit(
         orders: one file per planned trial.
         orders_dir: the folder with these files, or where the searcher writes its own.
         trainable: gets `{"trial": path of the order}`.
-        config: of the sweep.
         request: what a trial's process asks for.
         num_slots: trials that the cluster holds at the same time now.
+        max_concurrent: trials side by side at most; None, as many as there is room for.
         scheduler: stops trials early; None runs all to their ends.
         searcher: gives orders on the way, in place of `orders`.
         num_samples: how many the searcher gives.
@@ -79,7 +78,7 @@ def fit(
     space: dict[str, Any] = {}
     if searcher is None:
         space = {"trial": tune.grid_search([str(path) for path in orders])}
-    limit = config.max_concurrent_trials
+    limit = max_concurrent
     if searcher is not None or request.num_workers > 1:  # nothing else bounds these
         limit = min(limit or num_slots, max(1, num_slots))
     tuner = _restored(books, with_resources, space)

@@ -77,7 +77,7 @@ def _markdown(experiment: Experiment, told: Mapping[str, Any]) -> str:
     problems = []
     for domain, row in told["domains"].items():
         if "failed" in row:
-            lines.append(f"| {domain} | | | | no ingredient: {_cell(row['failed'])} | | |")
+            lines.append(f"| {domain} | | | | no ingredient: {cell(row['failed'])} | | |")
             continue
         if not row:
             lines.append(f"| {domain} | | | | not there yet | | |")
@@ -85,10 +85,10 @@ def _markdown(experiment: Experiment, told: Mapping[str, Any]) -> str:
         ndcg = "" if row["valid_ndcg"] is None else f"{row['valid_ndcg']:.4f}"
         lines.append(
             f"| {domain} | {row['num_trials']} | {row['num_stopped']} | {row['num_failed']} "
-            f"| {_cell(row['best'] or 'the only one')} | {ndcg} | {row['seconds']:.1f} |"
+            f"| {cell(row['best'] or 'the only one')} | {ndcg} | {row['seconds']:.1f} |"
         )
         problems += [
-            f"- {domain}, {one.get('label') or 'the only trial'}: {_line(one['error'])}"
+            f"- {domain}, {one.get('label') or 'the only trial'}: {line(one['error'])}"
             for one in row["trials"]
             if one["error"] is not None
         ]
@@ -104,9 +104,11 @@ def _markdown(experiment: Experiment, told: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|")
+def cell(text: str) -> str:
+    """A text as one cell of a Markdown table."""
+    return line(text).replace("|", "\\|")
 
 
-def _line(text: str) -> str:
+def line(text: str) -> str:
+    """A text on one line, without what steers a terminal."""
     return printable(" ".join(text.split("\n")))

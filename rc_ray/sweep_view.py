@@ -72,6 +72,7 @@ class SweepView:
         num_trials: how many there will be.
         request: what each of a trial's processes asks for.
         free: says what the cluster has free.
+        fields: that say what a trial asks for.
     """
 
     def __init__(
@@ -82,12 +83,16 @@ class SweepView:
         num_trials: int,
         request: Request,
         free: Callable[[], dict[str, float]] | None = None,
+        fields: str = (
+            "`tune.cpus_per_trial`, `tune.gpus_per_trial` or `tune.memory_per_trial_gb`"
+        ),
     ) -> None:
         self._console = console
         self._orders = orders
         self._num_trials = num_trials
         self._request = request
         self._free = free or _free_resources
+        self._fields = fields
         left = set(folders)
         found = read_orders(orders)
         self._known = {path for path, _ in found}
@@ -181,7 +186,9 @@ class SweepView:
                 best = min(one["valid_loss"], float(row.best or "inf"))
                 row.best = f"{best:.4g}"
         if steps:
-            row.step, row.loss = steps[-1]["step"] + 1, steps[-1]["loss"]
+            last = steps[-1]
+            row.step, row.num_steps = last["step"] + 1, last.get("num_steps", row.num_steps)
+            row.loss = last["loss"] if "loss" in last else last["objective"]  # of a merge
             row.first = row.first or (now, row.step)
         if (row.folder / ERROR).exists():
             row.state = "failed"
@@ -189,8 +196,10 @@ class SweepView:
             row.state = "stopped"
         elif is_finished(row.order):
             row.state = "done"
-            ndcg = artifacts.read_json(row.folder / MANIFEST)["metrics"]["valid_ndcg"]
-            row.best = "" if ndcg is None else f"NDCG {ndcg:.3f}"
+            metrics = artifacts.read_json(row.folder / MANIFEST)["metrics"]
+            ndcg, objective = metrics["valid_ndcg"], metrics.get("final_objective")
+            row.best = "" if objective is None else f"objective {objective:.4g}"
+            row.best = row.best if ndcg is None else f"NDCG {ndcg:.3f}"
         self._tell(row, now)
 
     def _tell(self, row: Row, now: float) -> None:
@@ -234,8 +243,7 @@ class SweepView:
             f"together have {there} free; a worker may still be loading, another job may hold "
             "them, or a node is gone. It starts by itself when there is room; or stop it, lower "
             + ("`tune.num_workers`, " if request.num_workers > 1 else "")
-            + "`tune.cpus_per_trial`, `tune.gpus_per_trial` or `tune.memory_per_trial_gb`, and "
-            "start it again"
+            + f"{self._fields}, and start it again"
         )
 
     def _runs(self, row: Row) -> bool:

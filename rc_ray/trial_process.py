@@ -7,6 +7,7 @@ import, and the driver needs neither.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,39 @@ def run_trial(config: dict[str, Any]) -> None:
     Args:
         config: `trial` is the path of the trial's order, see `rc_ray.sweep_plan`.
     """
+
+    def train(trial: dict[str, Any], report: Callable[[int, float], None]) -> dict[str, Any]:
+        if trial["num_workers"] > 1:
+            from rc_ray.trial_workers import train_on_workers
+
+            return train_on_workers(trial)
+        from rc_ray.trial import train_ingredient
+
+        return train_ingredient(trial, report if trial["scheduler"] is not None else None)
+
+    _run(config, train)
+
+
+def run_merge_trial(config: dict[str, Any]) -> None:
+    """Run one trial of a search over merge settings; like `run_trial` it never raises.
+
+    Args:
+        config: `trial` is the path of the trial's order, see `rc_ray.merge_search`.
+    """
+
+    def mix(trial: dict[str, Any], report: Callable[[int, float], None]) -> dict[str, Any]:
+        from rc_ray.merge_trial import mix_cocktail
+
+        return mix_cocktail(trial)
+
+    _run(config, mix)
+
+
+def _run(
+    config: dict[str, Any],
+    work: Callable[[dict[str, Any], Callable[[int, float], None]], dict[str, Any]],
+) -> None:
+    """Run a trial unless it has ended; `work` seals its folder and returns its metrics."""
     from ray import tune
 
     trial = read_json(Path(config["trial"]))
@@ -40,16 +74,9 @@ def run_trial(config: dict[str, Any]) -> None:
         tune.report({"num_steps_done": num_steps, "valid_loss": valid_loss})
 
     try:
-        if trial["num_workers"] > 1:
-            from rc_ray.trial_workers import train_on_workers
-
-            metrics = train_on_workers(trial)
-        else:
-            from rc_ray.trial import train_ingredient
-
-            metrics = train_ingredient(trial, report if trial["scheduler"] is not None else None)
+        metrics = work(trial, report)
     except Exception as error:
-        fail(folder, error)
+        fail(folder, error, mend=trial.get("mend"))
         tune.report({"failed": True})
         return
     tune.report({"failed": False, **metrics})
@@ -80,26 +107,29 @@ def begin(folder: Path) -> None:
     (folder / "metrics.jsonl").touch()  # last: who sees this reads the others
 
 
-def fail(folder: Path, error: Exception) -> None:
+def fail(folder: Path, error: Exception, *, mend: str | None = None) -> None:
     """Write down why a trial failed, and drop what it may have spoilt."""
     from rc_ray.trial import forget_base
 
     forget_base()
-    write_error(folder, error)
+    write_error(folder, error, mend=mend)
 
 
-def write_error(folder: Path, error: Exception, *, num_together: int = 1) -> None:
+def write_error(
+    folder: Path, error: Exception, *, num_together: int = 1, mend: str | None = None
+) -> None:
     """Write down in one line why a trial failed; the trace goes into the worker's log.
 
     Args:
         folder: the trial's.
         error: what was raised.
         num_together: domains that trained in the process.
+        mend: what makes a trial smaller; None, what makes a training smaller.
     """
     traceback.print_exception(error)
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if _is_out_of_memory(error):
-        text = f"out of memory; {mend_memory(num_together)} ({text})"
+        text = f"out of memory; {mend or mend_memory(num_together)} ({text})"
     elif not isinstance(error, UserError):
         text = f"{type(error).__name__}: {text}"
     write_json(folder / ERROR, {"error": text})

@@ -178,3 +178,27 @@ def test_what_ran_before_is_not_taken_for_running(tmp_path: Path, screen: Screen
     view = view_of(tmp_path, [folder], screen)
     view.look()
     assert view.counts() == "done 0, running 0, waiting 1"
+
+
+def test_a_merge_trial_shows_its_objective_and_the_steps_that_there_are(
+    tmp_path: Path, screen: Screen
+) -> None:
+    folders = write_orders(tmp_path, 1)
+    view = view_of(tmp_path, folders, screen, fields="`merge.cpus_per_task`")
+    begin(folders[0])
+    row = '{"mix": "cocktail", "step": 1, "objective": 2.25, "num_steps": 4}\n'
+    (folders[0] / "metrics.jsonl").write_text(row)
+    view.look()
+    assert "2/4" in drawn(view)  # the order says 8
+    assert "2.25" in drawn(view)
+    write_manifest(
+        folders[0],
+        stage="merge",
+        config={"num_valid_users": 9},
+        seed=1,
+        inputs={},
+        metrics={"valid_ndcg": None, "final_objective": 1.5},
+    )
+    view.look()
+    assert view.rows[0].best == "objective 1.5"
+    assert view.rows[0].state == "done"

@@ -10,7 +10,7 @@ Letters: L adapted linear layers, G groups of them, K adapters, O options of a p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ __all__ = [
     "UnlabeledPrompt",
     "WeightingStep",
     "learn_weights",
+    "measure_objective",
     "num_weighting_steps",
 ]
 
@@ -97,35 +98,12 @@ def learn_weights(
     parameters = start.clone().requires_grad_(True)  # (G, K)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.SGD
     optimizer = kind([parameters], lr=config.learning_rate)
-    order = np.random.default_rng(seed).permutation(len(prompts)).tolist()
-    batches: list[_TitleBatch | GeneratedBatch] = []
-    for first in range(0, len(order), config.batch_size):
-        chosen = [prompts[x] for x in order[first : first + config.batch_size]]
-        if config.objective == "vocabulary_entropy":
-            batches.append(
-                GeneratedBatch(
-                    ranker,
-                    chosen,
-                    num_tokens=config.num_tokens,
-                    micro_batch_size=micro_batch_size,
-                    shared_layers=first_adapted_layer(adapters),
-                )
-            )
-            continue
-        packed = PromptBatch(
-            ranker,
-            chosen,
-            over_catalogue=config.over == "catalogue",
-            with_prior=with_prior,
-            calibration=calibration if config.score == "calibrated" else None,
-            micro_batch_size=micro_batch_size,
-            # Layers below the first adapted one do not depend on the weights: run once.
-            shared_layers=first_adapted_layer(adapters),
-        )
-        batches.append(_TitleBatch(ranker, adapters, packed, config))
+    batches = _batches(
+        ranker, adapters, prompts, config, seed, with_prior, micro_batch_size, calibration
+    )
     step = 0
     for _ in range(config.num_epochs):
-        for batch in batches:
+        for batch, _ in batches:
             optimizer.zero_grad(set_to_none=True)
             weights = shape.weights(parameters)  # (L, K)
             # A leaf of its own: parts of a batch free their graphs before the next one runs.
@@ -147,6 +125,89 @@ def learn_weights(
                 num_reliable=outcome.num_reliable,
             )
             step += 1
+
+
+def measure_objective(
+    ranker: Ranker,
+    adapters: Sequence[Adapter],
+    prompts: Sequence[UnlabeledPrompt],
+    config: LearnedMix,
+    seed: int,
+    weights: Mapping[str, Sequence[float]],
+    *,
+    with_prior: bool = False,
+    micro_batch_size: int | None = None,
+    calibration: CalibratedScore | None = None,
+) -> float:
+    """The objective of a finished mix: mean over all prompts, without the pull to the start.
+
+    The steps of `learn_weights` tell it on one batch each, before their update; mixes are compared
+    by this.
+
+    Args:
+        ranker: of the domain.
+        adapters: K.
+        prompts: those that the weights were learned on.
+        config: with which they were learned.
+        seed: order of the prompts.
+        weights: layer name -> K weights.
+        with_prior: as in `learn_weights`.
+        micro_batch_size: as in `learn_weights`.
+        calibration: as in `learn_weights`.
+
+    Raises:
+        ValueError: as `learn_weights` does.
+    """
+    _check(ranker, prompts, config, calibration)
+    mix = AdapterMix(adapters)
+    rows = torch.tensor([weights[name] for name in mix.modules], device=ranker.lm.device)  # (L, K)
+    total = 0.0
+    for batch, num_prompts in _batches(
+        ranker, adapters, prompts, config, seed, with_prior, micro_batch_size, calibration
+    ):
+        # Batches know no other way to their loss; the slopes fall on a leaf that nobody reads.
+        with ranker.lm.using(mix.with_weights(rows.clone().requires_grad_(True))):
+            total += num_prompts * float(batch.backward().loss.detach())
+    return total / len(prompts)
+
+
+def _batches(
+    ranker: Ranker,
+    adapters: Sequence[Adapter],
+    prompts: Sequence[UnlabeledPrompt],
+    config: LearnedMix,
+    seed: int,
+    with_prior: bool,
+    micro_batch_size: int | None,
+    calibration: CalibratedScore | None,
+) -> list[tuple[_TitleBatch | GeneratedBatch, int]]:
+    """The prompts in the batches of every epoch, each with their number."""
+    order = np.random.default_rng(seed).permutation(len(prompts)).tolist()
+    batches: list[tuple[_TitleBatch | GeneratedBatch, int]] = []
+    for first in range(0, len(order), config.batch_size):
+        chosen = [prompts[x] for x in order[first : first + config.batch_size]]
+        if config.objective == "vocabulary_entropy":
+            generated = GeneratedBatch(
+                ranker,
+                chosen,
+                num_tokens=config.num_tokens,
+                micro_batch_size=micro_batch_size,
+                shared_layers=first_adapted_layer(adapters),
+            )
+            batches.append((generated, len(chosen)))
+            continue
+        packed = PromptBatch(
+            ranker,
+            chosen,
+            over_catalogue=config.over == "catalogue",
+            with_prior=with_prior,
+            calibration=calibration if config.score == "calibrated" else None,
+            micro_batch_size=micro_batch_size,
+            # Layers below the first adapted one do not depend on the weights: run once.
+            shared_layers=first_adapted_layer(adapters),
+        )
+        batches.append((_TitleBatch(ranker, adapters, packed, config), len(chosen)))
+    return batches
 
 
 class _TitleBatch:

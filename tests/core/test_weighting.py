@@ -16,7 +16,12 @@ from rc_ray.core.objectives import entropy
 from rc_ray.core.predictions import CalibratedScore, UnlabeledPrompt
 from rc_ray.core.prompts import PromptRenderer, Style
 from rc_ray.core.ranking import Ranker
-from rc_ray.core.weighting import WeightingStep, learn_weights, num_weighting_steps
+from rc_ray.core.weighting import (
+    WeightingStep,
+    learn_weights,
+    measure_objective,
+    num_weighting_steps,
+)
 from rc_ray.merge_config import LearnedMix
 from tests.core.small_catalogue import PROMPTS, TITLES, make_ranker, scaled
 from tests.core.test_model import random_adapter
@@ -123,6 +128,20 @@ def test_equal_adapters_merge_to_themselves(lm: LanguageModel, ranker: Ranker) -
 def test_no_prompts_is_refused(ranker: Ranker) -> None:
     with pytest.raises(ValueError, match="needs unlabeled prompts"):
         next(learn_weights(ranker, [random_adapter(1)], [], LearnedMix(), seed=0))
+
+
+@pytest.mark.parametrize("batch_size", [8, 5])  # 8 prompts: batches of 5 and 3 weigh as many
+def test_the_objective_of_a_finished_mix_is_that_of_its_fold(
+    lm: LanguageModel, ranker: Ranker, batch_size: int
+) -> None:
+    adapters = [random_adapter(1), scaled(random_adapter(2), 2.0)]
+    config = LearnedMix(num_epochs=2, batch_size=batch_size, learning_rate=0.5, pull=3.0)
+    *_, last = learn_weights(ranker, adapters, PROMPTS, config, seed=0)
+    got = measure_objective(ranker, adapters, PROMPTS, config, 0, last.weights)
+    with lm.folded(concatenate(adapters, last.weights)):
+        expected = mean_entropy(ranker)
+    assert got == pytest.approx(expected, abs=1e-4)
+    assert abs(got - last.objective) > 0.01  # which is of one batch, before its update, and pulled
 
 
 def plain(objective: str, **settings: object) -> LearnedMix:
@@ -376,7 +395,7 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     renderer = PromptRenderer(ranker.lm.tokenizer, style)
     other = Ranker(ranker.lm, "tools", TITLES, np.ones(len(TITLES)), renderer)
-    config = LearnedMix.model_validate(settings)
+    config = LearnedMix().model_copy(update=settings)  # what the configuration itself would refuse
     with pytest.raises(ValueError, match=message):
         next(learn_weights(other, [random_adapter(1)], PROMPTS, config, seed=0))
 

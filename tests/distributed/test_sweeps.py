@@ -167,9 +167,7 @@ def test_a_process_that_dies_again_and_again_is_told_and_stops_no_other(
         artifacts.write_json(order, {})
     request = Request(cpus=1.0, gpus=0.0, memory=1)
     books = tmp_path / ".tune" / "books"
-    died = fit(
-        books, orders, orders[0].parent, die_or_report, make_run().tune, request, num_slots=2
-    )
+    died = fit(books, orders, orders[0].parent, die_or_report, request, num_slots=2)
     assert list(died) == [orders[0]]
     assert orders[1].with_suffix(".done").exists()
     assert not books.exists()
