@@ -155,6 +155,8 @@ def mix(experiment: Experiment, domain: str, name: str) -> Recipe:
         shaping["scores"] = _scores(experiment) | {"num_valid_users": num_users}
     if _is_transductive(config):
         shaping["num_test_users"] = experiment.evaluate.num_test_users
+    if _is_weighed(config):
+        shaping["adapters"] = list(adapters(experiment, domain))
     return Recipe(shaping, (*adapters(experiment, domain).values(), f"data/{domain}"))
 
 
@@ -170,7 +172,14 @@ def cocktail(experiment: Experiment, domain: str) -> Recipe:
     is_scored = any(_is_calibrated(config) for config in made.values())
     if merge.guard.enabled or is_scored:  # both calibrate as the evaluation does
         shaping["scores"] = _scores(experiment)
+    if any(_is_weighed(config) for config in made.values()):
+        shaping["adapters"] = list(adapters(experiment, domain))
     return Recipe(shaping, (*adapters(experiment, domain).values(), f"data/{domain}"))
+
+
+def _is_weighed(config: MixConfig) -> bool:
+    """Whether the order of the adapters says which weight is whose; inputs have no order."""
+    return isinstance(config, FixedMix) and config.weights is not None
 
 
 def _is_transductive(config: MixConfig) -> bool:
