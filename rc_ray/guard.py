@@ -131,12 +131,17 @@ def _unjudged(why: str) -> dict[str, Any]:
 
 
 def _p_values(judged: Mapping[str, Judged], num_bootstrap: int, seed: int) -> dict[str, float]:
-    """Of each control's paired difference to the cocktail, not corrected for their number."""
+    """Of each control's paired difference to the cocktail, not corrected for their number.
+
+    Resampling a few users who all lose never finds one who does not: a single user would be proof.
+    No p-value is below the least of a paired sign test, `2 ** (1 - N)`.
+    """
     if len(judged) < 2:
         return {}
+    least = 2.0 ** (1 - len(judged[COCKTAIL].ndcg))
     found = compare_systems({"": {n: one.ndcg for n, one in judged.items()}}, num_bootstrap, seed)
     return {
-        pair.b if pair.a == COCKTAIL else pair.a: pair.p_value
+        pair.b if pair.a == COCKTAIL else pair.a: max(pair.p_value, least)
         for pair in found[""].pairs
         if COCKTAIL in (pair.a, pair.b)
     }

@@ -23,7 +23,7 @@ from rc_ray.core.adapters import Adapter, load_adapter, save_adapter
 from rc_ray.core.compression import compressed
 from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
 from rc_ray.core.loading import choose_dtype, load_language_model
-from rc_ray.core.merging import concatenate, layers_of, merge_fixed_measured
+from rc_ray.core.merging import concatenate, fixed_weights, layers_of, merge_fixed_measured
 from rc_ray.core.model import AdapterMix, LanguageModel
 from rc_ray.core.predictions import CalibratedScore, UnlabeledPrompt
 from rc_ray.core.prompts import PromptRenderer
@@ -238,9 +238,8 @@ def _by_formula(
 ) -> _Mixed:
     merged, errors = merge_fixed_measured(adapters, config, seed, rank)
     weights = None
-    if config.method == "linear":
-        row = list(config.weights or [1.0 / len(adapters)] * len(adapters))
-        weights = dict.fromkeys(layers_of(adapters), row)
+    if config.method in ("linear", "task_arithmetic"):
+        weights = dict.fromkeys(layers_of(adapters), fixed_weights(config, len(adapters)))
     return _Mixed(merged, AdapterMix([merged]), errors, weights)
 
 

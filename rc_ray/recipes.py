@@ -159,6 +159,8 @@ def mix(experiment: Experiment, domain: str, name: str) -> Recipe:
         shaping["scores"] = _choosing(experiment)  # by equal weights
     if _is_transductive(config):
         shaping["num_test_users"] = experiment.evaluate.num_test_users
+    if _is_weighed(config):
+        shaping["adapters"] = list(adapters(experiment, domain))
     return Recipe(shaping, (*adapters(experiment, domain).values(), f"data/{domain}"))
 
 
@@ -191,6 +193,8 @@ def cocktail(experiment: Experiment, domain: str) -> Recipe:
     # All of these calibrate as the evaluation does.
     if merge.guard.enabled or merge.is_chosen_by_clicks or is_scored:
         shaping["scores"] = _scores(experiment)
+    if any(_is_weighed(config) for config in mixes(experiment).values()):
+        shaping["adapters"] = list(adapters(experiment, domain))
     mixed = dict.fromkeys(place for one in variants for place in adapters(one, domain).values())
     return Recipe(shaping, (*mixed, f"data/{domain}"))
 
@@ -198,6 +202,11 @@ def cocktail(experiment: Experiment, domain: str) -> Recipe:
 def _choosing(experiment: Experiment) -> dict[str, Any]:
     """How validation users choose before the guard asks anybody."""
     return _scores(experiment) | {"num_valid_users": experiment.merge.guard.num_valid_users}
+
+
+def _is_weighed(config: MixConfig) -> bool:
+    """Whether the order of the adapters says which weight is whose; inputs have no order."""
+    return isinstance(config, FixedMix) and config.weights is not None
 
 
 def _is_transductive(config: MixConfig) -> bool:

@@ -91,6 +91,19 @@ def test_a_difference_that_is_noise_is_no_collapse() -> None:
     assert found["collapse"] is None
 
 
+@pytest.mark.parametrize(("num_users", "least"), [(1, 1.0), (3, 0.25), (6, 2**-5)])
+def test_a_few_users_prove_no_more_than_their_number_allows(num_users: int, least: float) -> None:
+    """Each loses, which heads or tails would do with chance 2 / 2^N."""
+    systems = {
+        name: Judged(np.full(num_users, ndcg), np.zeros(num_users), Calibration(0.0, 0.0, False))
+        for name, ndcg in (("cocktail", 0.3), ("uniform", 0.9))
+    }
+    found = decided(systems, entropies=Entropies(2.0, 1.5))
+    assert found["systems"]["uniform"]["p_value"] == pytest.approx(least)
+    assert found["chosen"] == "uniform"
+    assert (found["collapse"] is None) == (least > 0.05)
+
+
 def test_nothing_to_compare_serves_the_cocktail() -> None:
     found = decided({})
     assert (found["chosen"], found["num_valid_users"], found["systems"]) == ("cocktail", 0, {})

@@ -15,6 +15,8 @@ from rc_ray.core.adapters import first_line
 from rc_ray.core.model import LanguageModel
 from rc_ray.errors import ArtifactError
 
+_SCALED = ("embedding_multiplier", "logits_scaling", "logit_scale", "final_logit_softcapping")
+"""Settings by which a model alters its embeddings or logits outside its layers and output rows."""
 _MIN_TURNS, _MAX_TURNS = 3, 40
 """Of timing a product, see `choose_dtype`."""
 
@@ -111,9 +113,20 @@ def model_without_weights(folder: Path | str) -> PreTrainedModel:
 def _check_layers(model: PreTrainedModel, folder: Path | str) -> None:
     """Refuse layers that carry a state from token to token, whichever mask is given.
 
-    Training and ranking put several texts in one row.
+    Training and ranking put several texts in one row. They also read single rows of the output
+    projection, and ranking begins passes at some layer: whatever a model does to its logits or
+    embeddings beside that would be left out, or done twice.
     """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    config = model.config.get_text_config()
+    altered = [name for name in _SCALED if getattr(config, name, None) not in (None, 1.0)]
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        altered.append("a bias of the output projection")
+    if altered:
+        raise ArtifactError(
+            f"{folder}: {type(model).__name__} alters embeddings or logits ({', '.join(altered)}), "
+            "which ranking would leave out or do twice; set `model.path` to a model without"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
     others = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
     if model._is_stateful or others:
         found = f" ({', '.join(others)})" if others else ""

@@ -9,6 +9,7 @@ Letters: B rows, T tokens, C candidates, I items, V catalogue tokens, M visits, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -112,6 +113,7 @@ class Ranker:
         tokens = [renderer.title(title) for title in titles]
         self.trie = CatalogueTrie(tokens, num_train)
         self._item_of_title = {title: item for item, title in enumerate(tokens)}
+        self._num_bearers = Counter(tokens)
         self._shown = {
             title: renderer.shown(title, self.trie.telling_depth(item))
             for item, title in enumerate(tokens)
@@ -179,9 +181,16 @@ class Ranker:
         return self.score(self.prepare([[]], [range(len(self.titles))]))[0]
 
     def chosen_items(self, history: Sequence[str]) -> list[int]:
-        """One item per title of the history that the catalogue knows."""
-        tokens = (self.renderer.title(title) for title in history)
-        return [self._item_of_title[title] for title in tokens if title in self._item_of_title]
+        """One item per title of the history that the catalogue knows.
+
+        A title counts at most as often as items bear it: a service's users may name one twice.
+        """
+        named = Counter(self.renderer.title(title) for title in history)
+        return [
+            self._item_of_title[title]
+            for title, num in named.items()
+            for _ in range(min(num, self._num_bearers[title]))
+        ]
 
     def prompt_tokens(self, history: Sequence[str], candidates: Sequence[int]) -> list[int]:
         """Tokens of a request's prompt, which holds the latest `max_titles` titles."""

@@ -9,7 +9,16 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    Lfm2Config,
+    MambaConfig,
+    PhiConfig,
+    PretrainedConfig,
+)
 
 from rc_ray.core.adapters import (
     ADAPTER_CONFIG,
@@ -270,4 +279,32 @@ def test_layers_that_carry_a_state_are_refused(
 ) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(ArtifactError, match=message):
+        model_without_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            GraniteConfig,
+            {"logits_scaling": 8.0, "embedding_multiplier": 12.0},
+            r"\(embedding_multiplier, logits_scaling\)",
+        ),
+        (CohereConfig, {"logit_scale": 0.0625}, r"\(logit_scale\)"),
+        (Gemma2Config, {"final_logit_softcapping": 30.0}, r"\(final_logit_softcapping\)"),
+        (PhiConfig, {}, r"\(a bias of the output projection\)"),
+        (GraniteConfig, {}, ""),
+        (Gemma2Config, {"final_logit_softcapping": None}, ""),
+    ],
+)
+def test_models_that_alter_logits_or_embeddings_are_refused(
+    tmp_path: Path, kind: type[PretrainedConfig], settings: dict[str, float], message: str
+) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    kind(**small, **heads, **settings).save_pretrained(tmp_path)
+    if message:
+        with pytest.raises(ArtifactError, match=message):
+            model_without_weights(tmp_path)
+    else:
         model_without_weights(tmp_path)

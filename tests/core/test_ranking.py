@@ -78,6 +78,26 @@ def test_one_pass_equals_one_by_one(
         assert found.numpy() == pytest.approx(np.array(expected), abs=1e-4)
 
 
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_a_title_told_again_takes_nothing_from_its_neighbours(
+    lm: LanguageModel, with_prior: bool
+) -> None:
+    """ "Red Lamp" has one bearer, "Blue Lamp" two, and neighbours that begin alike."""
+    renderer = PromptRenderer(lm.tokenizer)
+    ranker = Ranker(lm, "tools", TITLES, NUM_TRAIN, renderer)
+    history = ["Red Lamp", "Blue Lamp"] * 4
+    twin, whole = TITLES.index("Red Lamp 2"), list(range(len(TITLES)))
+    for items in ([twin, 8, 20], whole):
+        with torch.no_grad():
+            (found,) = ranker.log_likelihoods([history], [items], with_prior=with_prior)
+        expected = [
+            plain_log_likelihood(lm, renderer, history, item, items, with_prior=with_prior)
+            for item in items
+        ]
+        assert np.isfinite(expected[items.index(twin)])
+        assert found.numpy() == pytest.approx(np.array(expected), abs=1e-4)
+
+
 def test_long_lists_in_several_rows_give_the_same(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

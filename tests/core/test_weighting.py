@@ -395,7 +395,7 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     renderer = PromptRenderer(ranker.lm.tokenizer, style)
     other = Ranker(ranker.lm, "tools", TITLES, np.ones(len(TITLES)), renderer)
-    config = LearnedMix().model_copy(update=settings)  # what the configuration itself would refuse
+    config = LearnedMix().model_copy(update=settings)  # past what the file's own check refuses
     with pytest.raises(ValueError, match=message):
         next(learn_weights(other, [random_adapter(1)], PROMPTS, config, seed=0))
 

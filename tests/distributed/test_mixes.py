@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("ray_local")]
 SHORT = {"num_prompts": 4, "num_epochs": 1, "batch_size": 2, "max_titles": 5}
 MIXES: dict[str, dict[str, Any]] = {
     "ties": {"method": "ties", "density": 0.5},
+    "added": {"method": "task_arithmetic"},
     "labelled": {"objective": "clicks", **SHORT},
     "made_up_users": {"objective": "distillation", "granularity": "model", **SHORT},
     "transductive": {"prompts_of": "scored_users", "score": "calibrated", **SHORT},

@@ -1,0 +1,61 @@
+"""What a finished stage is known by: all that shapes it, and nothing that does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rc_ray import recipes
+from rc_ray.artifacts import fingerprint
+from rc_ray.config import Experiment, load
+from rc_ray.recipes import Recipe
+from tests.tiny import make_experiment
+
+COMMON = (
+    "data.spirit=[]",
+    "evaluate.systems=[base, cocktail, weighed, ties]",
+    "merge.mixes={weighed: {method: linear, weights: [0.6, 0.3, 0.1]}, ties: {method: ties}}",
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_experiment(tmp_path_factory.mktemp("recipes"))
+
+
+def known_by(recipe: Recipe) -> str:
+    """The fingerprint where every folder that is read has its name for a digest."""
+    return fingerprint(config=recipe.config, seed=0, inputs={name: name for name in recipe.reads})
+
+
+def mixed(path: Path, ingredients: str, neighbours: str) -> Experiment:
+    return load(
+        path, (*COMMON, f"data.ingredients={ingredients}", f"merge.neighbours={neighbours}")
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (("[tools, lamps, rivers]", "all"), ("[tools, rivers, lamps]", "all")),
+        (
+            ("[tools, lamps, rivers]", "[tools, lamps, rivers]"),
+            ("[tools, lamps, rivers]", "[tools, rivers, lamps]"),
+        ),
+    ],
+)
+def test_given_weights_belong_to_adapters_in_their_order(
+    path: Path, first: tuple[str, str], other: tuple[str, str]
+) -> None:
+    """With weights .6, .3 and .1 it matters which neighbour comes first; to TIES it does not."""
+    one, two = (mixed(path, *settings) for settings in (first, other))
+    adapters = [list(recipes.adapters(experiment, "tools")) for experiment in (one, two)]
+    assert adapters == [["ingredient", "lamps", "rivers"], ["ingredient", "rivers", "lamps"]]
+    weighed, again = (recipes.mix(experiment, "tools", "weighed") for experiment in (one, two))
+    assert known_by(weighed) != known_by(again)
+    whole, again = (recipes.cocktail(experiment, "tools") for experiment in (one, two))
+    assert known_by(whole) != known_by(again)
+    for name in ("ties", "cocktail", "uniform"):
+        alike, again = (recipes.mix(experiment, "tools", name) for experiment in (one, two))
+        assert known_by(alike) == known_by(again)
