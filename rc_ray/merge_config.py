@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from rc_ray.data_config import DomainName, Section
 
@@ -26,12 +33,27 @@ class FixedMix(Section):
     """A mix by formula: no data is seen."""
 
     method: FixedMethod
-    weights: tuple[float, ...] | None = None
+    weights: tuple[FiniteFloat, ...] | None = None
     """One per adapter (spirit, ingredient, neighbours); null: 1/K each, for `task_arithmetic` 1."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of an update's entries that TIES and KnOTS keep and DARE does not drop."""
     majority_sign: Literal["total", "frequency"] = "total"
     """How TIES elects a sign: by the sum of the values or by their number."""
+
+    @model_validator(mode="after")
+    def _of_the_method(self) -> FixedMix:
+        fields = {
+            "density": ("ties", "dare_linear", "dare_ties", "knots"),
+            "majority_sign": ("ties", "dare_ties", "knots"),
+        }
+        for name, methods in fields.items():
+            is_set = getattr(self, name) != FixedMix.model_fields[name].default
+            if is_set and self.method not in methods:
+                raise ValueError(
+                    f"`{name}` has no part in `method: {self.method}`; leave it out, or take one "
+                    f"of {', '.join(methods)}"
+                )
+        return self
 
 
 class LearnedMix(Section):

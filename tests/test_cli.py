@@ -27,7 +27,7 @@ from tests.tiny import make_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
-    "import prepare train tune merge evaluate report run serve rank show assets demo".split()  # noqa: SIM905
+    "import prepare train tune merge evaluate report run serve rank prior show assets demo".split()  # noqa: SIM905
 )
 BROKEN = {
     "an unknown key": ("train: {lerning_rate: 0.1}", "unknown field `train.lerning_rate`"),
