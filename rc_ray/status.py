@@ -17,6 +17,9 @@ from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.guard import ARTICLES, read_guard
 from rc_ray.prepare import fingerprint_config
 
+_NAMES = {"`made`": "the set of mixes that `merge.mixes` and `evaluate.systems` ask for"}
+"""What a setting is called by that no field of the file is named after."""
+
 State = Literal["finished", "stale", "missing", "unneeded"]
 
 
@@ -130,7 +133,7 @@ def _reasons(
         for name in sorted(set(reads) ^ set(inputs)):
             yield f"{name} is {'new' if name in reads else 'no longer'} among what it reads"
     for field in _differing(recorded, config):
-        yield f"{field} has changed"
+        yield f"{_NAMES.get(field, field)} has changed"
     if fingerprint(config=config, seed=seed, inputs=inputs) != manifest.get("fingerprint"):
         yield "made by another version of the method"
 
