@@ -26,7 +26,7 @@ from rc_ray.artifacts import (
 )
 from rc_ray.core.adapters import load_adapter
 from rc_ray.engines import prepare_process
-from rc_ray.errors import UserError
+from rc_ray.errors import ArtifactError, UserError
 from rc_ray.guard import CONTROLS, GUARD_FILE, Entropies, decide
 from rc_ray.merge_config import MixConfig
 from rc_ray.mix_making import OpenDomain, make_mix
@@ -98,7 +98,7 @@ def _make_missing(opened: OpenDomain) -> dict[str, str]:
         for name, plan in order["mixes"].items():
             folder = _work_dir(order, name)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            if restored(folder) and is_finished(folder, plan["fingerprint"]):
+            if restored(folder) and _is_made(folder, plan["fingerprint"]):
                 continue
             config: MixConfig = TypeAdapter(MixConfig).validate_python(plan["config"]["mix"])
             settings = {"rank": plan["config"]["rank"], "random": plan["config"].get("random", ())}
@@ -119,6 +119,14 @@ def _make_missing(opened: OpenDomain) -> dict[str, str]:
                 traceback.print_exc()  # into the worker's log
                 failed[name] = f"{type(error).__name__}: {error}"
     return failed
+
+
+def _is_made(folder: Path, wanted: str) -> bool:
+    """Whether a mix is there; one whose manifest is damaged is made anew like one that is not."""
+    try:
+        return is_finished(folder, wanted)
+    except ArtifactError:
+        return False
 
 
 def _judged(

@@ -95,17 +95,21 @@ def refuse_stale(path: Path, experiment: Experiment, stages: Collection[str]) ->
             )
 
 
-def told_by_guards(experiment: Experiment) -> Iterator[str]:
-    """By domain that has a cocktail: what is served and why.
+def told_by_merges(experiment: Experiment) -> Iterator[str]:
+    """By domain that has a cocktail: what is served and why, and which mixes failed.
 
     Raises:
-        ArtifactError: what a guard said is damaged.
+        ArtifactError: what a guard said is damaged or missing.
     """
     run = RunFolder(experiment.run_dir)
     for domain in experiment.data.tested:
         verdict = read_guard(run.cocktail_dir(domain))
         if verdict is not None:
             yield f"{domain}: the guard serves {ARTICLES[verdict.chosen]}. {verdict.sentences}"
+        manifest = run.cocktail_dir(domain) / MANIFEST
+        metrics = (read_json(manifest).get("metrics") or {}) if manifest.exists() else {}
+        for name, why in metrics.get("failed_mixes", {}).items():
+            yield f"{domain}: no mix {name}: {why}; `rc-ray merge` tries it again"
 
 
 def _reasons(
