@@ -106,8 +106,10 @@ def told_by_merges(experiment: Experiment) -> Iterator[str]:
         verdict = read_guard(run.cocktail_dir(domain))
         if verdict is not None:
             yield f"{domain}: the guard serves {ARTICLES[verdict.chosen]}. {verdict.sentences}"
-        manifest = run.cocktail_dir(domain) / MANIFEST
-        metrics = (read_json(manifest).get("metrics") or {}) if manifest.exists() else {}
+        try:
+            metrics = read_json(run.cocktail_dir(domain) / MANIFEST)["metrics"]
+        except (ArtifactError, KeyError, TypeError):
+            continue  # not there, or damaged, which the stage's state says
         for name, why in metrics.get("failed_mixes", {}).items():
             yield f"{domain}: no mix {name}: {why}; `rc-ray merge` tries it again"
 
