@@ -234,14 +234,14 @@ def show(experiment: ExperimentFile, overrides: Overrides = None, verbose: Verbo
     """Print the resolved experiment and which stages are finished, stale or missing."""
     with plain_errors(verbose):
         from rc_ray.config import load
-        from rc_ray.status import dump, read_status, told_by_guards
+        from rc_ray.status import dump, read_status, told_by_merges
 
         loaded = load(experiment, tuple(overrides or ()))
         typer.echo(dump(loaded))
         typer.echo(f"# {loaded.run_dir}")
         for status in read_status(loaded):
             typer.echo(f"# {status.stage:9} {status.state:9} {status.detail}".rstrip())
-        for line in told_by_guards(loaded):
+        for line in told_by_merges(loaded):
             typer.echo(f"# {line}")
 
 

@@ -114,6 +114,9 @@ class EvaluateConfig(Section):
     def _sorted(self) -> EvaluateConfig:
         if list(self.ks) != sorted(set(self.ks)):
             raise ValueError("`ks` must rise, each once")
+        twice = [one for one in self.systems if self.systems.count(one) > 1]
+        if twice:
+            raise ValueError(f"`systems` names {twice[0]} more than once")
         return self
 
 
@@ -197,7 +200,8 @@ class Experiment(Section):
         of_spirit = [one for one in self.evaluate.systems if one in OF_THE_SPIRIT]
         if not self.data.spirit and (of_spirit or (needing and not self.can_mix)):
             raise ValueError(
-                f"`evaluate.systems` names {', '.join([*of_spirit, *needing])}, made from a base "
+                f"`evaluate.systems` names {', '.join(dict.fromkeys([*of_spirit, *needing]))}, "
+                "made from a base "
                 "spirit, but `data.spirit` names no domain; name one, or leave these systems out"
             )
         return self
@@ -258,6 +262,20 @@ class Experiment(Section):
                         f"{domain} {len(adapters)} adapters are mixed ({', '.join(adapters)}); "
                         "give one weight for each, or leave `weights` out"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _one_rank_for_peft(self) -> Experiment:
+        named = [n for n, m in self.merge.mixes.items() if m.method == "peft_linear"]
+        if not named or "lora.rank" in self.tune.search or not self.data.spirit:
+            return self
+        ranks = (self.train.lora.rank, self.tune.lora.rank)
+        if ranks[0] != ranks[1]:
+            raise ValueError(
+                f"`merge.mixes.{named[0]}` is of `method: peft_linear`, which needs "
+                f"adapters of one rank, but `train.lora.rank` is {ranks[0]} and `tune.lora.rank` "
+                f"{ranks[1]}; take `method: linear`, which is exact, or equal ranks"
+            )
         return self
 
     @model_validator(mode="after")

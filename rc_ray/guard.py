@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rc_ray.artifacts import read_json
+from rc_ray.artifacts import MANIFEST, read_json
 from rc_ray.core.bootstrap import compare_systems
 from rc_ray.errors import ArtifactError
 from rc_ray.merge_config import GuardConfig
@@ -184,25 +184,34 @@ class Verdict:
 
 
 def read_guard(cocktail_dir: Path) -> Verdict | None:
-    """What the guard of a domain's cocktail said; None where there is no such file.
+    """What the guard of a domain's cocktail said; None where none ever looked at it.
 
     Raises:
-        ArtifactError: the file is damaged.
+        ArtifactError: the file is damaged, or is gone although the manifest tells of a guard.
     """
-    path = cocktail_dir / GUARD_FILE
+    path, manifest = cocktail_dir / GUARD_FILE, cocktail_dir / MANIFEST
+    fix = "run `rc-ray merge --force`"
     if not path.exists():
+        if manifest.exists() and (read_json(manifest).get("metrics") or {}).get("guard"):
+            raise ArtifactError(f"{path}: missing, so nothing says what to serve; {fix}")
         return None
-    raw = read_json(path)
     try:
+        raw = read_json(path)
         verdict = Verdict(
-            chosen=raw["chosen"],
+            chosen=str(raw["chosen"]),
             why=str(raw["why"]),
             num_valid_users=int(raw["num_valid_users"]),
-            systems=dict(raw["systems"]),
+            systems={name: _entry(one) for name, one in dict(raw["systems"]).items()},
             collapse=raw["collapse"],
         )
-    except (KeyError, TypeError, ValueError):
+    except (ArtifactError, KeyError, TypeError, ValueError, AttributeError):
         verdict = None
     if verdict is None or verdict.chosen not in ARTICLES:
-        raise ArtifactError(f"{path}: damaged; run `rc-ray merge --force`")
+        raise ArtifactError(f"{path}: damaged; {fix}")
     return verdict
+
+
+def _entry(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """One system of the file, its numbers checked."""
+    numbers = {name: float(raw[name]) for name in ("ndcg", "hr1", "alpha", "gamma")}
+    return {**raw, **numbers, "prior_in_trie": bool(raw["prior_in_trie"])}

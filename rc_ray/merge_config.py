@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
+    FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -37,7 +38,7 @@ class FixedMix(Section):
     """A mix by formula: no data is seen."""
 
     method: FixedMethod
-    weights: tuple[float, ...] | None = None
+    weights: tuple[FiniteFloat, ...] | None = None
     """One per adapter (spirit, ingredient, neighbours); null: 1/K each, for `task_arithmetic` 1."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of an update's entries that TIES and KnOTS keep and DARE does not drop."""
@@ -45,6 +46,21 @@ class FixedMix(Section):
     """How TIES elects a sign: by the sum of the values or by their number."""
     seed: NonNegativeInt | None = None
     """What DARE drops by; null: the experiment's."""
+
+    @model_validator(mode="after")
+    def _of_the_method(self) -> FixedMix:
+        fields = {
+            "density": ("ties", "dare_linear", "dare_ties", "knots"),
+            "majority_sign": ("ties", "dare_ties", "knots"),
+        }
+        for name, methods in fields.items():
+            is_set = getattr(self, name) != FixedMix.model_fields[name].default
+            if is_set and self.method not in methods:
+                raise ValueError(
+                    f"`{name}` has no part in `method: {self.method}`; leave it out, or take one "
+                    f"of {', '.join(methods)}"
+                )
+        return self
 
 
 class LearnedMix(Section):

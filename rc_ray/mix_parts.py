@@ -9,6 +9,7 @@ from rc_ray.findings import Findings
 from rc_ray.guard import ARTICLES
 from rc_ray.merge_choice import sentence
 from rc_ray.page_parts import prose, table
+from rc_ray.verdicts import name_of
 
 TRANSDUCTIVE = "scored users (transductive)"
 
@@ -26,7 +27,8 @@ def sentences(findings: Findings) -> list[str]:
         seen = [name for name, about in named.items() if _is_transductive(about)]
         if seen:
             found.append(
-                f"On `{domain}` the weights of {', '.join(seen)} were learned on the histories and "
+                f"On `{domain}` the weights of {', '.join(map(name_of, seen))} were learned on the "
+                "histories and "
                 "candidates of scored users, without their clicks (transductive)."
             )
     return found

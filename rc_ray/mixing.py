@@ -26,7 +26,7 @@ from rc_ray.artifacts import (
 )
 from rc_ray.core.adapters import load_adapter
 from rc_ray.engines import prepare_process
-from rc_ray.errors import UserError
+from rc_ray.errors import ArtifactError, UserError
 from rc_ray.guard import CONTROLS, GUARD_FILE, Entropies, decide
 from rc_ray.merge_config import MixConfig
 from rc_ray.mix_making import OpenDomain, make_mix
@@ -126,7 +126,7 @@ def make_sealed(
         log: takes a line per step, for who watches.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if restored(folder) and is_finished(folder, plan["fingerprint"]):
+    if restored(folder) and _is_made(folder, plan["fingerprint"]):
         return
     config: MixConfig = TypeAdapter(MixConfig).validate_python(plan["config"]["mix"])
     settings = {"rank": plan["config"]["rank"], "random": plan["config"].get("random", ())}
@@ -140,6 +140,14 @@ def make_sealed(
             inputs=plan["inputs"],
             metrics=metrics,
         )
+
+
+def _is_made(folder: Path, wanted: str) -> bool:
+    """Whether a mix is there; one whose manifest is damaged is made anew like one that is not."""
+    try:
+        return is_finished(folder, wanted)
+    except ArtifactError:
+        return False
 
 
 def _judged(

@@ -117,7 +117,10 @@ def read_mixture(folder: Path) -> Mixture:
         ArtifactError: a file is missing, damaged or of another form.
     """
     path = folder / "weights.json"
-    raw = read_json(path)
+    try:
+        raw = read_json(path)
+    except ArtifactError:
+        raise ArtifactError(f"{path}: missing or damaged; run `rc-ray merge --force`") from None
     rows: dict[Place, list[list[float]]] = {}
     try:
         adapters = tuple(str(name) for name in raw["adapters"])

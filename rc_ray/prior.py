@@ -92,6 +92,7 @@ def refresh(
         "unknown_rows": counts.num_unknown,
         "unknown_items": counts.unknown_items,
         "newest": None if counts.newest is None else _iso(counts.newest),
+        "add_training": add_training,
     }
     table = pa.table([pa.array(prepared.item_ids), pa.array(clicks)], schema=_SCHEMA)
     with artifacts.replaced_dir(run.prior_dir(domain)) as work:
@@ -170,7 +171,7 @@ def summary(domain: str, metrics: Mapping[str, Any]) -> str:
         )
     if metrics["incomplete_rows"]:
         lines.append(f"left out: {metrics['incomplete_rows']:,} rows without user, item or time")
-    if metrics["weight"] < metrics["items"]:
+    if metrics["weight"] < metrics["items"] and not metrics["add_training"]:
         lines.append(
             "fewer clicks than items: every item counts one more, so this prior is nearly flat; "
             "--add-training counts on top of the training clicks"

@@ -26,6 +26,8 @@ from rich.progress import Progress as Bars
 
 from rc_ray.errors import printable
 
+_MIN_ELAPSED_S = 0.05
+
 
 class JsonlTail:
     """Reads what was appended to a JSON-lines file since the last look.
@@ -111,7 +113,8 @@ class TaskHandle:
             # Work that was resumed, or done before the first look, says nothing about the speed.
             self._start_completed = completed if completed < self._total else 0
         elapsed = time.monotonic() - self._start
-        rate = (completed - self._start_completed) / elapsed if elapsed > 0 else 0.0
+        # Of work whose first look is its last, the time of the look says nothing about the speed.
+        rate = (completed - self._start_completed) / elapsed if elapsed > _MIN_ELAPSED_S else 0.0
         parts = [f"{key} {_number(value)}" for key, value in fields.items()]
         if rate > 0:
             parts.insert(0, _rate(rate))

@@ -182,19 +182,31 @@ def _set_environment(*, local: bool) -> None:
 
 
 def _start_local(num_cpus: int | None, dashboard: bool, verbose: bool, logging_level: str) -> Path:
-    """Start Ray on this machine; the folder in which it keeps its logs."""
+    """Start Ray on this machine; the folder in which it keeps its logs.
+
+    Raises:
+        ConfigError: the machine is too busy for Ray to come up.
+    """
     import ray
 
     token = Path.home() / ".ray" / "auth_token"
     had_token = token.exists()
     # "local": without it Ray joins whatever cluster this machine last recorded, dead ones included.
-    context = ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=dashboard,
-        log_to_driver=verbose,
-        logging_level=logging_level,
-    )
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=dashboard,
+            log_to_driver=verbose,
+            logging_level=logging_level,
+        )
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray has no class of its own for it
+            raise
+        raise ConfigError(
+            "Ray did not come up on this machine in time, which is too busy or short of memory; "
+            "start the same command again when less runs beside it"
+        ) from error
     if not had_token and token.exists():
         token.chmod(0o600)  # Ray makes it readable by everyone
     return Path(context.address_info["session_dir"])

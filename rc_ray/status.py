@@ -17,6 +17,9 @@ from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.guard import ARTICLES, read_guard
 from rc_ray.prepare import fingerprint_config
 
+_NAMES = {"`made`": "the set of mixes that `merge.mixes` and `evaluate.systems` ask for"}
+"""What a setting is called by that no field of the file is named after."""
+
 State = Literal["finished", "stale", "missing", "unneeded"]
 
 
@@ -92,17 +95,23 @@ def refuse_stale(path: Path, experiment: Experiment, stages: Collection[str]) ->
             )
 
 
-def told_by_guards(experiment: Experiment) -> Iterator[str]:
-    """By domain that has a cocktail: what is served and why.
+def told_by_merges(experiment: Experiment) -> Iterator[str]:
+    """By domain that has a cocktail: what is served and why, and which mixes failed.
 
     Raises:
-        ArtifactError: what a guard said is damaged.
+        ArtifactError: what a guard said is damaged or missing.
     """
     run = RunFolder(experiment.run_dir)
     for domain in experiment.data.tested:
         verdict = read_guard(run.cocktail_dir(domain))
         if verdict is not None:
             yield f"{domain}: the guard serves {ARTICLES[verdict.chosen]}. {verdict.sentences}"
+        try:
+            metrics = read_json(run.cocktail_dir(domain) / MANIFEST)["metrics"]
+        except (ArtifactError, KeyError, TypeError):
+            continue  # not there, or damaged, which the stage's state says
+        for name, why in metrics.get("failed_mixes", {}).items():
+            yield f"{domain}: no mix {name}: {why}; `rc-ray merge` tries it again"
 
 
 def _reasons(
@@ -130,7 +139,7 @@ def _reasons(
         for name in sorted(set(reads) ^ set(inputs)):
             yield f"{name} is {'new' if name in reads else 'no longer'} among what it reads"
     for field in _differing(recorded, config):
-        yield f"{field} has changed"
+        yield f"{_NAMES.get(field, field)} has changed"
     if fingerprint(config=config, seed=seed, inputs=inputs) != manifest.get("fingerprint"):
         yield "made by another version of the method"
 

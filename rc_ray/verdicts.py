@@ -135,6 +135,24 @@ def merge_verdict(results: Results, domain: str) -> str | None:
     return f"The merge did not win on `{domain}`: no gain over {_listed(tied)} is shown."
 
 
+def beside_mixes(results: Results, domain: str, mixes: Sequence[str]) -> str | None:
+    """The cocktail against the mixes of the file, by name alone: there may be a dozen of them."""
+    groups: dict[Outcome, list[str]] = {"beats": [], "loses": [], "ties": []}
+    for mix in mixes:
+        found = results.difference(domain, "warm", HEADLINE, "cocktail", mix)
+        if found is not None:
+            groups[found.outcome].append(f"`{mix}`")
+    verbs = {"beats": "beats", "loses": "loses to", "ties": "shows no difference from"}
+    clauses = [
+        f"{verbs[outcome]} the mix{'es' if len(names) > 1 else ''} {_listed(names)}"
+        for outcome, names in groups.items()
+        if names
+    ]
+    if not clauses:
+        return None
+    return f"On `{domain}` and {HEADLINE} the cocktail {'; it '.join(clauses)}."
+
+
 def best_system(
     results: Results, domain: str, systems: Sequence[str], metric: str, candidates: str = MAIN
 ) -> str | None:
@@ -178,8 +196,9 @@ def sentences(results: Results, domains: Sequence[str]) -> list[str]:
     controls = (*others, "ingredient", "joint", "random_spirit", "uniform")
     for domain in scored:
         mixes = [one for one in results.systems(domain) if one not in SYSTEMS]
-        found.append(standing(results, domain, "cocktail", (*controls, *mixes)))
+        found.append(standing(results, domain, "cocktail", controls))
         found.append(merge_verdict(results, domain))
+        found.append(beside_mixes(results, domain, mixes))
         found.append(standing(results, domain, "ingredient", others))
         for split in ("cold", "cold_user", "few_shot"):
             found.append(standing(results, domain, "cocktail", controls[:-1], split=split))

@@ -27,7 +27,7 @@ from tests.tiny import make_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
-    "import prepare train tune merge evaluate report run serve rank show assets demo".split()  # noqa: SIM905
+    "import prepare train tune merge evaluate report run serve rank prior show assets demo".split()  # noqa: SIM905
 )
 BROKEN = {
     "an unknown key": ("train: {lerning_rate: 0.1}", "unknown field `train.lerning_rate`"),
@@ -209,6 +209,7 @@ def finished(tmp_path: Path) -> Path:
         ("tune.search={learning_rate: [0.1, 0.2]}", "tune merge evaluate report"),
         ("evaluate.max_titles=4", "tune merge evaluate report"),
         ("merge.num_epochs=2", "merge evaluate report"),
+        ("merge.mixes={sum: {method: linear}}", "merge evaluate report"),
         ("evaluate.num_bootstrap=9", "evaluate report"),
     ],
 )
@@ -216,6 +217,12 @@ def test_show_says_what_the_stages_would_do(finished: Path, override: str, stale
     assert {one.state for one in read_status(load(finished))} == {"finished"}
     found = [one.stage for one in read_status(load(finished, (override,))) if one.state == "stale"]
     assert found == stale.split()
+
+
+def test_show_names_what_a_person_set(finished: Path) -> None:
+    with_random = "evaluate.systems=[base, spirit, ingredient, random_spirit, cocktail]"
+    told = {one.stage: one.detail for one in read_status(load(finished, (with_random,)))}
+    assert "the set of mixes that `merge.mixes` and `evaluate.systems` ask for" in told["merge"]
 
 
 def test_show_knows_another_method(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,11 +54,34 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "merge.mixes={a: {method: learned, objective: vocabulary_entropy, over: catalogue}}",
             "is of the LLM's own tokens; leave out `over`",
         ),
+        (
+            "merge.mixes={a: {method: tie}}",
+            "`merge.mixes.a.method` is tie, which is none of linear",
+        ),
+        ("merge.mixes={a: {density: 0.5}}", "the field `merge.mixes.a.method` is missing"),
+        ("merge.mixes={a: ties}", "`merge.mixes.a`: Input should be a section of fields"),
+        ("merge.mixes={a: {method: ties, density: 0}}", "`merge.mixes.a.density`: Input should"),
+        (
+            "merge.mixes={a: {method: ties, densty: 1}}",
+            "unknown field `merge.mixes.a.densty`; known fields: density, majority_sign, method",
+        ),
+        ("merge.mixes={A: {method: ties}}", "`merge.mixes`: the name A does not match"),
+        ("merge.mixes={a: {method: linear, density: 0.2}}", "`density` has no part in `method: li"),
+        (
+            "merge.mixes={a: {method: linear, weights: [.nan, 1]}}",
+            "weights.0`: Input should be a f",
+        ),
+        ("merge.mixes={a: {method: peft_linear}}", "`train.lora.rank` is 4 and `tune.lora.rank` 2"),
+        ("merge.neighbours=tools", "`: Input should be a list, such as [a, b] or Input should be "),
+        ("merge.neighbours=[Tools]", "`merge.neighbours.0`: String should match"),
+        ("evaluate.systems=[base, base]", "`systems` names base more than once"),
+        ("data.sources=[{format: csvv}]", "`data.sources.0.format` is csvv, which is none of par"),
     ],
 )
 def test_what_cannot_work_is_refused(path: Path, override: str, words: str) -> None:
+    ranks = ("tune.lora.rank=2",) if "peft_linear" in override else ()
     with pytest.raises(ConfigError) as caught:
-        load(path, (override,))
+        load(path, (override, *ranks))
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 

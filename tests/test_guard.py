@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,21 @@ def test_what_was_written_is_read_and_damage_is_named(tmp_path: Path) -> None:
     assert verdict.chosen == "uniform"
     assert verdict.sentences.startswith("The uniform average is ahead")
     assert "Confident and wrong" in verdict.sentences
-    for broken in ({}, {"chosen": "magic", "why": "", "num_valid_users": 1, "systems": {}}, []):
-        artifacts.write_json(tmp_path / "guard.json", broken)
+    whole = {"chosen": "uniform", "why": "", "num_valid_users": 1, "systems": {}, "collapse": None}
+    nothing_of_it = {"uniform": {"ndcg": 0.5}}
+    odd = ("magic", [])
+    texts = [json.dumps(whole | {"chosen": one}) for one in odd]
+    texts += ["{}", "[]", json.dumps(whole | {"systems": nothing_of_it}), json.dumps(whole)[:20]]
+    for text in texts:
+        (tmp_path / "guard.json").write_text(text)
         with pytest.raises(ArtifactError, match="guard.json: damaged; run `rc-ray merge --force`"):
             read_guard(tmp_path)
+
+
+def test_a_lost_verdict_is_no_leave_to_serve_the_cocktail(tmp_path: Path) -> None:
+    artifacts.write_json(tmp_path / "manifest.json", {"metrics": {"guard": {"chosen": "spirit"}}})
+    with pytest.raises(ArtifactError, match="guard.json: missing, so nothing says what to serve"):
+        read_guard(tmp_path)
+    # A cocktail of before there were guards.
+    artifacts.write_json(tmp_path / "manifest.json", {"metrics": {"num_steps": 3}})
+    assert read_guard(tmp_path) is None

@@ -19,7 +19,7 @@ from rc_ray.config import Experiment, load
 from rc_ray.core.domains import read_domain
 from rc_ray.core.sources import SourceError
 from rc_ray.errors import ArtifactError, ConfigError, UserError
-from rc_ray.prior import Prior, read_prior, refresh, remove
+from rc_ray.prior import Prior, read_prior, refresh, remove, summary
 from rc_ray.serve.scoring import open_catalogue
 from tests.conftest import Screen
 from tests.tiny import make_experiment
@@ -83,7 +83,9 @@ def test_clicks_are_kept_beside_the_domain_and_training_can_be_added(
     manifest = read_json(RunFolder(experiment.run_dir).prior_dir("tools") / "manifest.json")
     assert manifest["inputs"]["log/log.parquet"] == hashlib.sha256(log.read_bytes()).hexdigest()
     assert manifest["config"] == {"half_life_days": 1.0, "add_training": False}
-    refresh(experiment, "tools", log, add_training=True)
+    assert "--add-training counts on top" in summary("tools", told)
+    told = refresh(experiment, "tools", log, add_training=True)
+    assert "--add-training" not in summary("tools", told)
     both = found(experiment)
     num_train = read_domain(RunFolder(experiment.run_dir).domain_dir("tools")).num_train
     expected[[1, 5]] = 2.0, 1.0

@@ -154,3 +154,10 @@ def test_notes_of_a_run_that_stopped_are_not_told_again(screen: Screen, tmp_path
     assert "fresh news" in screen.text
     assert "old news" not in screen.text
     assert "4/8" in screen.text
+
+
+def test_work_that_was_over_at_the_first_look_has_no_speed() -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream) as console:
+        console.task("a mix", 2).update(2, entropy=2.1)
+    assert stream.getvalue() == "  a mix  2/2  entropy 2.1\n"

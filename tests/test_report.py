@@ -24,6 +24,7 @@ from rc_ray.page_parts import difference_cell
 from rc_ray.progress import Progress
 from rc_ray.results import Difference, Probed, Results, Score
 from rc_ray.verdicts import (
+    beside_mixes,
     in_short,
     merge_verdict,
     overall,
@@ -272,6 +273,20 @@ def test_a_sentence_tells_wins_losses_and_ties_apart() -> None:
         "it loses to the ingredient (-0.050 [-0.090, -0.010]); "
         "it shows no difference from the uniform average (+0.010 [-0.020, +0.040])."
     )
+
+
+def test_many_mixes_are_told_by_name_alone() -> None:
+    results = results_of(
+        ("cocktail", "a", 0.09, 0.04, 0.14),
+        ("b", "cocktail", 0.05, 0.01, 0.09),
+        ("cocktail", "c", 0.01, -0.02, 0.04),
+        ("cocktail", "d", 0.00, -0.02, 0.02),
+    )
+    assert beside_mixes(results, "action", ("a", "b", "c", "d", "not_scored")) == (
+        "On `action` and HR@1 the cocktail beats the mix `a`; it loses to the mix `b`; it shows no "
+        "difference from the mixes `c` and `d`."
+    )
+    assert beside_mixes(results, "action", ()) is None
 
 
 @pytest.mark.parametrize(

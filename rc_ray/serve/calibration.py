@@ -41,11 +41,11 @@ def open_calibration(experiment: Experiment, domain: str) -> Calibration:
     path = RunFolder(experiment.run_dir).evaluate_dir / "calibration.json"
     as_trained = Calibration(prior_in_trie=experiment.tune.learns_with_prior)
     system = served_system(experiment, domain)
-    verdict = read_guard(RunFolder(experiment.run_dir).cocktail_dir(domain))
     try:
         chosen = _chosen(read_json(path), domain, system) if path.exists() else None
-        if chosen is None and verdict is not None:
-            chosen = verdict.systems.get(system)
+        if chosen is None:
+            verdict = read_guard(RunFolder(experiment.run_dir).cocktail_dir(domain))
+            chosen = None if verdict is None else verdict.systems.get(system)
         if chosen is None:
             return as_trained
         return Calibration(

@@ -21,7 +21,7 @@ from rc_ray.guard import read_guard
 from rc_ray.progress import Progress
 from rc_ray.serve.calibration import open_calibration
 from rc_ray.serve.served import served_domains, served_system
-from rc_ray.status import told_by_guards
+from rc_ray.status import told_by_merges
 from tests.conftest import Screen
 from tests.core.test_model import random_adapter
 from tests.distributed.test_chain import put_adapter
@@ -112,7 +112,7 @@ def test_every_mix_is_made_and_compared(experiment: Experiment, screen: Screen) 
     page = (run.report_dir / "index.html").read_text()
     assert "scored users (transductive)" in page
     assert "guests books" in page
-    assert len(list(told_by_guards(experiment))) == 3
+    assert len(list(told_by_merges(experiment))) == 3
     assert served_domains(experiment) == TARGETS
 
 
@@ -146,6 +146,7 @@ def test_finished_mixes_outlive_a_kill_and_a_longer_file(
     work = run.mix_work_dir("tools")
     before = _times(work)
     (work / "ties" / "manifest.json").unlink()  # killed before it was sealed
+    (work / "hub" / "manifest.json").write_text('{"fingerpr')
     shutil.rmtree(run.cocktail_dir("tools"))
     mixes = {**experiment.merge.model_dump()["mixes"], "dare": {"method": "dare_linear"}}
     fields = {**experiment.merge.model_dump(), "mixes": mixes}
@@ -153,7 +154,8 @@ def test_finished_mixes_outlive_a_kill_and_a_longer_file(
     result = mixing.mix_domain(_order(longer))
     assert result["failed_mixes"] == {}
     after = _times(work)
-    assert {name for name, time in after.items() if before.get(name) != time} == {"ties", "dare"}
+    anew = {name for name, time in after.items() if before.get(name) != time}
+    assert anew == {"ties", "hub", "dare"}
     assert (run.mix_dir("tools", "dare") / "adapter_model.safetensors").exists()
 
 
@@ -179,6 +181,7 @@ def test_a_mix_that_fails_is_named_and_the_others_stand(
             merge.run(alone, console=screen.console)
     assert load_adapter(run.cocktail_dir("rivers")).modules
     assert not run.mix_dir("rivers", "averaged").exists()
+    assert any("rivers: no mix averaged: `method: " in line for line in told_by_merges(alone))
 
 
 def test_a_cocktail_that_loses_is_not_served(experiment: Experiment) -> None:
@@ -204,6 +207,9 @@ def test_a_cocktail_that_loses_is_not_served(experiment: Experiment) -> None:
     as_learned = experiment.serve.model_copy(update={"guard": False})
     plain = experiment.model_copy(update={"serve": as_learned})
     assert served_system(plain, "books") == "cocktail"
+    (run.cocktail_dir("books") / "guard.json").rename(run.root / "guard.json")
+    assert open_calibration(plain, "books").measured  # by the evaluation; no guard is asked
+    (run.root / "guard.json").rename(run.cocktail_dir("books") / "guard.json")
     (run.evaluate_dir / "calibration.json").unlink()
     calibration = open_calibration(experiment, "books")
     assert calibration.measured

@@ -11,7 +11,7 @@ import pytest
 
 from rc_ray.artifacts import RunFolder
 from rc_ray.errors import ConfigError
-from rc_ray.session import ray_session, require_resources
+from rc_ray.session import _start_local, ray_session, require_resources
 
 pytestmark = pytest.mark.distributed
 
@@ -95,3 +95,14 @@ def test_resources_are_counted_in_whole_processes(ray_local) -> None:
         require_resources("`x`", cpus=3, count=2)
     with pytest.raises(ConfigError, match=r"1 x \(1 CPU, 0.5 GPU\).*0 GPU"):
         require_resources("`x`", cpus=1, gpus=0.5)
+
+
+def test_a_ray_that_does_not_come_up_is_one_plain_line(monkeypatch) -> None:
+    import ray
+
+    def crawl(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", crawl)
+    with pytest.raises(ConfigError, match="Ray did not come up on this machine in time"):
+        _start_local(1, dashboard=False, verbose=False, logging_level="error")
