@@ -319,7 +319,8 @@ def learn(order: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": (time.process_time() - cpu) / order["threads"],
         "clock_s": time.perf_counter() - clock,
         "peak_mb": peak,
-        "learning_mb": peak - memory.at_start,
+        # A page at least: where the process once held more than now, nothing new shows.
+        "learning_mb": max(peak - memory.at_start, 4 / 1024),
         "num_prompts": len(prompts),
         "num_steps": len(learned),
         "num_tokens": read.num,

@@ -327,7 +327,8 @@ def measure(name: str, arguments: argparse.Namespace) -> Count:
         "tokens_per_s": rate,
         "titles_per_s": meter.num_titles / meter.seconds,
         "peak_mb": peak,
-        "step_mb": peak - memory.at_start,
+        # A page at least: where the process once held more than now, nothing new shows.
+        "step_mb": max(peak - memory.at_start, 4 / 1024),
         "useful": 4 * num_weights * rate / product,
         "gflops": product / 1e9,
         "num_steps": meter.num_steps,
