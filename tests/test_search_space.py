@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from rc_ray import tune_config
+from rc_ray.merge_config import MergeConfig
 from rc_ray.search_space import Distribution, read_space
 from rc_ray.tune_config import TuneConfig
 
@@ -122,11 +123,12 @@ def test_what_optuna_may_choose_is_checked_at_its_ends() -> None:
 def test_the_examples_of_the_page_on_sweeps_hold() -> None:
     text = (Path(__file__).parents[1] / "docs" / "sweeps.md").read_text(encoding="utf-8")
     examples = [yaml.safe_load(body) for body in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
-    assert examples
-    for example in examples:
-        assert example.keys() == {"tune"}
-    (settings,) = (config(**example["tune"]).settings() for example in examples)
-    assert len(settings) == 8  # as the comment beside it says
+    stages = [stage for example in examples for stage in example]
+    assert sorted(stages) == ["merge", "tune"]
+    given = {stage: fields for example in examples for stage, fields in example.items()}
+    # As the comments beside them say.
+    assert len(config(**given["tune"]).settings()) == 8
+    assert len(MergeConfig(**given["merge"]).settings()) == 16
     spans = re.findall(r"`([a-z_.]+)(?:: [^`]*)?`", text)
     fields = {span.removeprefix("tune.") for span in spans if span.startswith("tune.")}
     assert fields

@@ -38,7 +38,7 @@ def test_memory_and_workers_bound_how_many_trials_run(
     assert slots(config(), request) == expected
     assert slots(config(max_concurrent_trials=1), request) == 1
     if num_workers == 1:
-        assert request.of_a_trial == {"cpu": 1.0, "gpu": 0.0, "memory": int(memory)}
+        assert request.of_a_trial == {"cpu": 1.0, "memory": int(memory)}
 
 
 @pytest.mark.parametrize(
