@@ -48,7 +48,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -79,6 +78,9 @@ from rc_ray.merge_config import LearnedMix
 from rc_ray.merge_prompts import unlabeled_prompts
 from rc_ray.requests import MAIN, flat_candidates
 
+sys.path.insert(0, str(Path(__file__).parent))
+from memory import Memory
+
 LEARNERS = (
     "reference",
     "reference-unpadded",
@@ -87,6 +89,8 @@ LEARNERS = (
     "ours",
     "ours-goal",
 )
+
+
 JUDGED = ("reference-unpadded", "ours-same-loss", "ours")
 SEED = 7
 NUM_TITLES = 5
@@ -255,26 +259,6 @@ def learn_with_ours(
         micro_batch_size=order["micro_batch_size"],
     ):
         yield step.weights
-
-
-class Memory:
-    """The highest use of memory from now on, in MB."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.at_start = torch.cuda.memory_allocated() / 2**20
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-            self.at_start = self.peak()
-
-    def peak(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found is not None
-        return int(found[1]) / 1024
 
 
 class TokenCount:

@@ -42,7 +42,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -68,6 +67,9 @@ from rc_ray.core.ranking import Ranker
 from rc_ray.core.training import TorchEngine, TrainingModule, TrainingPlan, train_steps
 from rc_ray.training_config import TrainingConfig
 
+sys.path.insert(0, str(Path(__file__).parent))
+from memory import Memory
+
 CONTESTANTS = (
     "trainer-instruct",
     "trainer-sequence",
@@ -75,6 +77,8 @@ CONTESTANTS = (
     "ours-sequence",
     "ours-brief",
 )
+
+
 IGNORED = -100
 NEVER = 10**6
 NUM_LISTED = 19
@@ -128,26 +132,6 @@ def product_peak(lm: LanguageModel, *, by_clock: bool) -> float:
         meter.step(0, 0)
         best = min(best, meter.seconds)
     return 4 * 2 * size**3 / best
-
-
-class Memory:
-    """The highest use of memory from now on, in MB."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.at_start = torch.cuda.memory_allocated() / 2**20
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-            self.at_start = self.peak()
-
-    def peak(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found is not None
-        return int(found[1]) / 1024
 
 
 def settings(style: str, arguments: argparse.Namespace) -> TrainingConfig:
