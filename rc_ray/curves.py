@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,16 @@ Curve = list[tuple[float, float]]
 """(step, value)."""
 
 
-def shaping_config(training: TrainingConfig, experiment: Experiment) -> dict[str, Any]:
-    """The settings that decide what a training run results in; those of its execution do not."""
+def shaping_config(
+    training: TrainingConfig, experiment: Experiment, own_share: Fraction | None = None
+) -> dict[str, Any]:
+    """The settings that decide what a training run results in; those of its execution do not.
+
+    Args:
+        training: settings of the run.
+        experiment: the whole experiment.
+        own_share: of all examples, what the first domain gives; None pools all domains.
+    """
     fields = set(TrainingConfig.model_fields) - set(EXECUTION_FIELDS)
     if training.valid_every is None:
         fields -= {"valid_every", "num_valid_histories", "patience"}
@@ -28,6 +37,8 @@ def shaping_config(training: TrainingConfig, experiment: Experiment) -> dict[str
     }
     if training.style == "instruct":  # its prompts list candidates
         shaping["data"] = {"num_negatives": experiment.data.num_negatives}
+    if own_share is not None:
+        shaping["own_share"] = str(own_share)
     return shaping
 
 

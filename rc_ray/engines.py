@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,11 @@ class Learner:
         self.best, self.rows = state.best, [dict(row) for row in state.rows]
 
 
+def read_share(text: str | None) -> Fraction | None:
+    """`own_share` of `build_learner` out of a worker's orders, which are JSON."""
+    return Fraction(text) if text is not None else None
+
+
 def build_learner(
     lm: LanguageModel,
     domains: Sequence[Domain],
@@ -203,6 +209,7 @@ def build_learner(
     rank: int = 0,
     world_size: int = 1,
     checkpoint: Path | None = None,
+    own_share: Fraction | None = None,
 ) -> Learner:
     """Put a LoRA on `lm` and make it ready to train.
 
@@ -218,13 +225,15 @@ def build_learner(
         world_size: number of workers; above 1 `torch.distributed` must be up.
         checkpoint: folder that `Learner.save` wrote, under whatever engine and number of workers,
             to go on from.
+        own_share: of all examples, what the first domain gives; None draws from all histories
+            alike.
 
     Raises:
         ArtifactError: the checkpoint is damaged, or of another model.
         ValueError: the LoRA does not fit the model, or there is nothing to train on.
     """
     renderer = PromptRenderer(lm.tokenizer, config.style)
-    plan = TrainingPlan(domains, renderer, config, seed, num_listed=num_listed)
+    plan = TrainingPlan(domains, renderer, config, seed, num_listed=num_listed, own_share=own_share)
     note = None
     held_out = HeldOutTitles(plan, config.num_valid_histories) if config.valid_every else None
     if held_out is not None and not len(held_out):

@@ -1,8 +1,9 @@
 """The control `joint`: one LoRA per domain, trained on the spirit's histories and its own at once.
 
-It sees as many histories as the spirit and the ingredient saw together, under the ingredient's
-settings, each point of the same search; the best by validation is kept. If the cocktail does not
-beat it, two adapters and a merge have bought nothing but their modularity.
+It sees as many histories as the spirit and the ingredient saw together, each side's share as it was
+there, under the ingredient's settings, each point of the same search; the best by validation is
+kept. If the cocktail does not beat it, two adapters and a merge have bought nothing but their
+modularity.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 from rc_ray import artifacts, recipes
@@ -19,6 +21,7 @@ from rc_ray.errors import ArtifactError, UserError
 from rc_ray.progress import Progress
 from rc_ray.sweep_choice import IngredientsFailed, choose_trial
 from rc_ray.sweep_plan import Trial, pending, plan_trial
+from rc_ray.training_config import TrainingConfig
 
 Fit = Callable[..., tuple[int, dict[Path, str]]]
 """Runs trials, see `tune.run`."""
@@ -51,8 +54,8 @@ def run(
             console.note(f"{target} is up to date")
             continue
         trials[domain] = [
-            _pooled(plan_trial(experiment, inputs, domain, work, setting), experiment)
-            for setting in recipes.joint_settings(experiment)
+            _planned(experiment, inputs, domain, work, setting, share)
+            for setting, share in recipes.joint_settings(experiment)
         ]
     problems: dict[Path, str] = {}
     left = pending(trial for found in trials.values() for trial in found)
@@ -70,9 +73,17 @@ def run(
         raise IngredientsFailed(_told(failed))
 
 
-def _pooled(trial: Trial, experiment: Experiment) -> Trial:
-    label = f"joint {trial.label}".strip()
-    return replace(trial, label=label, pooled=experiment.data.spirit, scheduler=None)
+def _planned(
+    experiment: Experiment,
+    inputs: dict[str, str],
+    domain: str,
+    work: Path,
+    setting: TrainingConfig,
+    share: Fraction,
+) -> Trial:
+    spirit = experiment.data.spirit
+    trial = plan_trial(experiment, inputs, domain, work, setting, pooled=spirit, own_share=share)
+    return replace(trial, label=f"joint {trial.label}".strip(), scheduler=None)
 
 
 def _alone(experiment: Experiment) -> Experiment:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from rc_ray import __version__, artifacts
@@ -111,21 +112,26 @@ def joint(experiment: Experiment, domain: str) -> Recipe:
     return Recipe(
         {
             "trials": [
-                validated(shaping_config(one, experiment), experiment)
-                for one in joint_settings(experiment)
+                validated(shaping_config(one, experiment, share), experiment)
+                for one, share in joint_settings(experiment)
             ]
         },
         (f"data/{domain}", *(f"data/{name}" for name in experiment.data.spirit)),
     )
 
 
-def joint_settings(experiment: Experiment) -> tuple[TrainingConfig, ...]:
-    """The ingredient's, with steps for as many histories as spirit and ingredient saw together."""
+def joint_settings(experiment: Experiment) -> tuple[tuple[TrainingConfig, Fraction], ...]:
+    """The ingredient's, with steps for as many histories as spirit and ingredient saw together.
+
+    Each with the share of these histories that the ingredient saw, all of its own domain.
+    """
     train, found = experiment.train, []
     for one in experiment.tune.settings():
-        num_histories = train.num_steps * train.batch_size + one.num_steps * one.batch_size
+        num_own = one.num_steps * one.batch_size
+        num_histories = train.num_steps * train.batch_size + num_own
         num_steps = math.ceil(num_histories / one.batch_size)
-        found.append(one.model_copy(update={"num_steps": num_steps}))
+        setting = one.model_copy(update={"num_steps": num_steps})
+        found.append((setting, Fraction(num_own, num_histories)))
     return tuple(found)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class Trial:
     """What may stop it early."""
     pooled: tuple[str, ...] = ()
     """Further domains whose histories it trains on."""
+    own_share: Fraction | None = None
+    """Of all examples, what `domain` gives, where others are pooled."""
 
     @property
     def metrics_path(self) -> Path:
@@ -94,6 +97,9 @@ def plan_trial(
     domain: str,
     work: Path,
     setting: TrainingConfig,
+    *,
+    pooled: tuple[str, ...] = (),
+    own_share: Fraction | None = None,
 ) -> Trial:
     """The trial of one setting.
 
@@ -103,8 +109,10 @@ def plan_trial(
         domain: its name.
         work: the folder of all trials.
         setting: of the training.
+        pooled: further domains whose histories it trains on.
+        own_share: of all examples, what `domain` gives; None draws from all histories alike.
     """
-    shaping = shaping_config(setting, experiment)
+    shaping = shaping_config(setting, experiment, own_share)
     config = recipes.validated(shaping, experiment)
     training = artifacts.fingerprint(config=shaping, seed=experiment.seed, inputs=inputs)
     scheduler = experiment.tune.scheduler
@@ -118,6 +126,8 @@ def plan_trial(
         config=config,
         inputs=inputs,
         scheduler=scheduler.model_dump(mode="json") if scheduler is not None else None,
+        pooled=pooled,
+        own_share=own_share,
     )
 
 
@@ -157,6 +167,7 @@ def trial_config(
         "setting": trial.setting.model_dump(mode="json"),
         "domain_dir": str(folder.domain_dir(trial.domain)),
         "pooled_dirs": [str(folder.domain_dir(name)) for name in trial.pooled],
+        "own_share": str(trial.own_share) if trial.own_share is not None else None,
         "folder": str(trial.folder),
         "training_fingerprint": trial.training_fingerprint,
         "config": trial.config,

@@ -24,7 +24,13 @@ from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.training import StepMetrics
 from rc_ray.curves import read_metrics, summary, write_metrics
-from rc_ray.engines import build_learner, check_trained, local_model_dir, prepare_process
+from rc_ray.engines import (
+    build_learner,
+    check_trained,
+    local_model_dir,
+    prepare_process,
+    read_share,
+)
 from rc_ray.errors import UserError
 from rc_ray.tracking import tracked_trial
 from rc_ray.training_config import TrainingConfig
@@ -191,6 +197,7 @@ def _train(
         num_listed=trial["num_listed"],
         base_name=trial["model"]["path"],
         checkpoint=checkpoint if restored(checkpoint) else None,
+        own_share=read_share(trial.get("own_share")),
     )
     try:
         if learner.start_step == 0:

@@ -94,6 +94,7 @@ def _train(trial: dict[str, Any], folder: Path) -> None:
             "model": trial["model"],
             "model_dir": trial["model_dir"],
             "domain_dirs": [trial["domain_dir"], *trial.get("pooled_dirs", ())],
+            "own_share": trial.get("own_share"),
             "tracking": trial["tracking"],
             "run_dir": trial["run_dir"],
             "curve": curve_name(trial),

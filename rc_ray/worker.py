@@ -13,7 +13,14 @@ import torch
 from rc_ray.checkpoints import CheckpointStore, Found
 from rc_ray.core.domains import read_domain
 from rc_ray.core.loading import choose_dtype, load_language_model
-from rc_ray.engines import Learner, build_learner, local_model_dir, prepare_process, sum_over_ranks
+from rc_ray.engines import (
+    Learner,
+    build_learner,
+    local_model_dir,
+    prepare_process,
+    read_share,
+    sum_over_ranks,
+)
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.tracking import Log, TrackingConfig, tracked
 from rc_ray.training_config import TrainConfig
@@ -105,6 +112,7 @@ def _build(
             rank=rank,
             world_size=world_size,
             checkpoint=checkpoint,
+            own_share=read_share(settings.get("own_share")),
         )
     except ArtifactError:
         raise  # what one rank cannot read, it may read after a restart

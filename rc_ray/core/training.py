@@ -9,9 +9,11 @@ Letters: B rows, T tokens, H hidden size, V catalogue tokens, D trie decisions.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -54,10 +56,47 @@ class Engine(Protocol):
     def step(self) -> Any: ...
 
 
+class _Pool:
+    """The training histories of some domains, drawn without end in seeded epochs.
+
+    Args:
+        domains: prepared domains.
+        seed: of the permutations.
+
+    Raises:
+        ValueError: no domain has a training history of two titles.
+    """
+
+    def __init__(self, domains: Sequence[Domain], seed: tuple[int, int]) -> None:
+        self.histories = [
+            (domain.name, history)
+            for domain in domains
+            for history in domain.train
+            if len(history) > 1
+        ]
+        if not self.histories:
+            names = ", ".join(domain.name for domain in domains)
+            raise ValueError(f"no domain of {names} has a training history of two titles or more")
+        self._seed = seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def drawn(self, number: int) -> tuple[str, Sequence[int]]:
+        """Domain and history of the draw with this number."""
+        epoch, place = divmod(number, len(self.histories))
+        if epoch not in self._epochs:
+            rng = np.random.default_rng((*self._seed, epoch))
+            # A batch may straddle two epochs, seldom more.
+            self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1}
+            self._epochs[epoch] = rng.permutation(len(self.histories))
+        return self.histories[int(self._epochs[epoch][place])]
+
+
 class TrainingPlan:
     """The examples of every step, drawn from the training histories of some domains.
 
-    Histories of all domains are pooled; each epoch is one seeded permutation of them.
+    Histories of all domains are pooled; each epoch is one seeded permutation of them. With
+    `own_share`, the first domain and the others are two pools, drawn from in that proportion, each
+    in epochs of its own: a small domain does not drown in large ones.
 
     Args:
         domains: prepared domains.
@@ -66,9 +105,11 @@ class TrainingPlan:
         seed: of permutations, crops and listed candidates.
         num_listed: candidates beside the target that an `instruct` prompt lists, as far as the
             domain has so many.
+        own_share: of all examples, what the first domain gives; in (0, 1).
 
     Raises:
-        ValueError: no domain has a training history of two titles.
+        ValueError: no domain has a training history of two titles; with `own_share`, either the
+            first has none or all others have none.
     """
 
     def __init__(
@@ -79,6 +120,7 @@ class TrainingPlan:
         seed: int,
         *,
         num_listed: int,
+        own_share: Fraction | None = None,
     ) -> None:
         self.config = config
         self.num_listed = num_listed
@@ -100,27 +142,22 @@ class TrainingPlan:
             for name, titles in self.title_tokens.items()
         }
         """By domain, the tokens of each title as a history shows it."""
-        self._histories = [
-            (domain.name, history)
-            for domain in domains
-            for history in domain.train
-            if len(history) > 1
-        ]
-        if not self._histories:
-            raise ValueError("no domain has a training history of two titles or more")
-        self._epochs: dict[int, np.ndarray] = {}
+        self._own_share = own_share
+        if own_share is None:
+            self._pools = [_Pool(domains, (seed, 0))]
+        else:
+            self._pools = [_Pool(domains[:1], (seed, 2)), _Pool(domains[1:], (seed, 3))]
 
     @property
     def num_histories(self) -> int:
-        return len(self._histories)
+        return sum(len(pool.histories) for pool in self._pools)
 
     def examples(self, step: int) -> list[Example]:
         """The global batch of a step."""
         size = self.config.batch_size
         found = []
         for slot in range(size):
-            epoch, place = divmod(step * size + slot, len(self._histories))
-            name, history = self._histories[int(self._permutation(epoch)[place])]
+            name, history = self._drawn(step * size + slot)
             rng = np.random.default_rng((self.seed, 1, step, slot))
             make = self._instruct if self.config.style == "instruct" else self._sequence
             found.append(make(name, history, rng))
@@ -150,13 +187,15 @@ class TrainingPlan:
             for start in range(0, len(share), size)
         ]
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            rng = np.random.default_rng((self.seed, 0, epoch))
-            # A batch may straddle two epochs, never three.
-            self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = rng.permutation(len(self._histories))
-        return self._epochs[epoch]
+    def _drawn(self, number: int) -> tuple[str, Sequence[int]]:
+        """Domain and history of the example with this number, counted from the first step on."""
+        if self._own_share is None:
+            return self._pools[0].drawn(number)
+        # Spread evenly: of the first n examples, floor(n * share) are the first domain's.
+        num_own = math.floor(number * self._own_share)
+        if math.floor((number + 1) * self._own_share) > num_own:
+            return self._pools[0].drawn(num_own)
+        return self._pools[1].drawn(number - num_own)
 
     def _sequence(self, name: str, history: Sequence[int], rng: np.random.Generator) -> Example:
         start = int(rng.integers(max(0, len(history) - self.config.max_titles) + 1))

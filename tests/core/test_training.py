@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +303,33 @@ def test_lora_settings_that_fit_no_model_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         with_lora(lm.model, LoraConfig.model_validate(settings), seed=0)
+
+
+def test_a_domain_keeps_its_share_however_small_it_is(lm: LanguageModel) -> None:
+    few = replace(make_domain(), train=((0, 1), (1, 2), (2, 3)))
+    many = [replace(make_domain(), name=name, train=((3, 1),) * 7) for name in ("lamps", "rivers")]
+    config = TrainingConfig(batch_size=6, num_steps=5)
+    plan = TrainingPlan(
+        [few, *many],
+        PromptRenderer(lm.tokenizer),
+        config,
+        seed=5,
+        num_listed=3,
+        own_share=Fraction(2, 5),
+    )
+    assert plan.num_histories == 17
+    drawn = [
+        (example.catalogue, tuple(item for item, _ in example.titles))
+        for step in range(5)
+        for example in plan.examples(step)
+    ]
+    own = [name == few.name for name, _ in drawn]
+    # floor(n * 2 / 5) of the first n: the third and the fifth of every five.
+    assert own == [False, False, True, False, True] * 6
+    histories = [titles for name, titles in drawn if name == few.name]
+    for start in range(0, 12, 3):  # each epoch of its own has every history once
+        assert sorted(histories[start : start + 3]) == [(0, 1), (1, 2), (2, 3)]
+    others = [name for name, _ in drawn if name != few.name]
+    assert others[:14].count("lamps") == others[:14].count("rivers") == 7
+    with pytest.raises(ValueError, match="two titles or more"):
+        TrainingPlan([few], plan.renderer, config, seed=5, num_listed=3, own_share=Fraction(1, 2))
