@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from rc_ray.comparison import SystemScores, catalogue_ranks, list_ranks
-from rc_ray.config import EvaluateConfig, System
 from rc_ray.core.baselines import Popularity, Recommender
 from rc_ray.core.domains import Domain, RankingCase, read_domain
 from rc_ray.core.item_knn import ItemKnn
@@ -23,9 +22,11 @@ from rc_ray.core.metrics import rank_targets
 from rc_ray.core.model import LanguageModel
 from rc_ray.core.sasrec import Sasrec
 from rc_ray.core.title_embedding import TitleEmbedding, embed_titles
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.requests import ASKED_PROBES, flat_candidates, probed
 from rc_ray.score_settings import valid_ndcg
 from rc_ray.shards import Stopwatch, batched, read_arrays, write_arrays
+from rc_ray.systems import System
 
 Floats = npt.NDArray[np.float32]
 USERS_PER_BLOCK = 512

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rc_ray.artifacts import RunFolder
-from rc_ray.config import BASELINES, Experiment, System
+from rc_ray.config import Experiment
 from rc_ray.guard import read_guard
+from rc_ray.systems import BASELINES, System
 
 
 def scored_adapters(

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rc_ray.config import EvaluateConfig, System
 from rc_ray.core.domains import Domain
 from rc_ray.core.metrics import TargetRanks
 from rc_ray.data_config import Negatives
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.requests import ASKED_PROBES, CATALOGUE, MAIN, list_slices
 from rc_ray.score_settings import (
     Cases,
@@ -30,6 +30,7 @@ from rc_ray.score_settings import (
     valid_ndcg,
 )
 from rc_ray.shards import Calibration
+from rc_ray.systems import System
 
 
 @dataclass(frozen=True)

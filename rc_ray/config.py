@@ -19,48 +19,15 @@ from pydantic import (
     model_validator,
 )
 
-from rc_ray.baselines_config import ItemKnnConfig, SasrecConfig, TitleEmbeddingConfig
-from rc_ray.calibration_config import CalibrationConfig
 from rc_ray.data_config import DataConfig, Section
 from rc_ray.errors import ConfigError
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.merge_config import FixedMix, LearnedMix, MergeConfig
+from rc_ray.systems import BASELINES, MIXED, OF_THE_SPIRIT, SERVED, SYSTEMS, System
 from rc_ray.tracking import TrackingConfig
 from rc_ray.training_config import TrainConfig
 from rc_ray.tune_config import TuneConfig
 from rc_ray.yaml_file import apply_override, explain, read_mapping
-
-System = str
-"""One of `SYSTEMS`, or a mix of `merge.mixes`."""
-SYSTEMS: tuple[System, ...] = (
-    "popularity",
-    "item_knn",
-    "sasrec",
-    "title_embedding",
-    "base",
-    "spirit",
-    "ingredient",
-    "joint",
-    "random_spirit",
-    "uniform",
-    "cocktail",
-    "guarded",
-)
-"""Every system that needs no entry of its own in the file, in the order of reports; mixes stand
-between `uniform` and `cocktail`."""
-DEFAULT_SYSTEMS: tuple[System, ...] = tuple(
-    one for one in SYSTEMS if one not in ("joint", "random_spirit")
-)
-BASELINES: tuple[System, ...] = ("popularity", "item_knn", "sasrec", "title_embedding")
-"""Systems that no adapter shapes and no LLM likelihood ranks."""
-MIXED: tuple[System, ...] = ("random_spirit", "uniform", "cocktail", "guarded")
-"""Systems that the merge makes, beside those of `merge.mixes`."""
-
-OF_THE_SPIRIT: tuple[System, ...] = ("spirit", "joint", "random_spirit")
-"""Systems that need a base spirit, or its domains, for themselves."""
-SERVED: tuple[System, ...] = ("spirit", "ingredient", "uniform", "cocktail")
-"""Systems that can be served, beside those of `merge.mixes`."""
-
-Probe = Literal["shuffled_history", "permuted_candidates", "popularity_negatives", "masked_titles"]
 
 
 class ModelConfig(Section):
@@ -68,56 +35,6 @@ class ModelConfig(Section):
     """`smollm2-135m-instruct` (embedded), a folder in transformers form, or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` times one matrix product in each and takes the faster."""
-
-
-class EvaluateConfig(Section):
-    systems: tuple[System, ...] = Field(default=DEFAULT_SYSTEMS, min_length=1)
-    """Built-in ones and names of `merge.mixes`."""
-    ks: tuple[PositiveInt, ...] = Field(default=(1, 5, 10), min_length=1)
-    """Cut-offs of HR, NDCG and MRR."""
-    num_test_users: PositiveInt | None = None
-    """Seeded sample of scored users per split; null scores all."""
-    num_catalogue_users: Annotated[int, Field(ge=0)] | None = 0
-    """Those of them, per split, for whom the whole catalogue is ranked too; null ranks it for
-    all. With an LLM that costs many times what a list of candidates does."""
-    catalogue_max_nodes: PositiveInt = 4096
-    """Trie nodes that an LLM reads for one user's catalogue ranking; where they do not suffice to
-    prove the top of it, the report says so."""
-    num_seeds: PositiveInt = 1
-    """Times that a baseline trained by chance (SASRec) is trained; users' metrics are averaged."""
-    probes: tuple[Probe, ...] = ()
-    """What is changed to see whether the ranking follows; see docs/evaluation.md."""
-    num_probe_users: PositiveInt | None = 100
-    """Warm test users of a probe; null takes all of them."""
-    num_valid_users: PositiveInt | None = 100
-    """Validation users that choose alpha and gamma."""
-    calibration: CalibrationConfig = CalibrationConfig()
-    alphas: tuple[NonNegativeFloat, ...] = Field(default=(0.0, 0.5, 1.0), min_length=1)
-    """Weights of log p(title | empty history) to choose from."""
-    gammas: tuple[NonNegativeFloat, ...] = Field(default=(0.0, 0.5, 1.0, 2.0), min_length=1)
-    """Weights of the popularity prior to choose from."""
-    prior_in_trie: tuple[bool, ...] = Field(default=(False, True), min_length=1)
-    """Whether the likelihood itself may hold the prior, at every branch of the trie."""
-    max_titles: PositiveInt = 15
-    """History titles in a prompt."""
-    tokens_per_batch: PositiveInt = 4096
-    num_bootstrap: PositiveInt = 2000
-    item_knn: ItemKnnConfig = ItemKnnConfig()
-    sasrec: SasrecConfig = SasrecConfig()
-    title_embedding: TitleEmbeddingConfig = TitleEmbeddingConfig()
-    num_actors: PositiveInt | None = None
-    """Null: as many as the cluster has resources for."""
-    cpus_per_actor: PositiveFloat = 1.0
-    gpus_per_actor: NonNegativeFloat = 0.0
-
-    @model_validator(mode="after")
-    def _sorted(self) -> EvaluateConfig:
-        if list(self.ks) != sorted(set(self.ks)):
-            raise ValueError("`ks` must rise, each once")
-        twice = [one for one in self.systems if self.systems.count(one) > 1]
-        if twice:
-            raise ValueError(f"`systems` names {twice[0]} more than once")
-        return self
 
 
 class ServeConfig(Section):

@@ -21,7 +21,7 @@ from rc_ray.artifacts import RunFolder
 from rc_ray.baseline_scores import BaselineRun, read_baseline
 from rc_ray.compared import chosen_by_guard, left_out, scored_adapters
 from rc_ray.comparison import DomainScores, SystemScores, calibrate, catalogue_ranks
-from rc_ray.config import BASELINES, Experiment, System
+from rc_ray.config import Experiment
 from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
 from rc_ray.crew import Crew, EvaluationFailed, crew
 from rc_ray.probe_table import probe_table
@@ -38,6 +38,7 @@ from rc_ray.shards import (
     read_scores,
     shards_of,
 )
+from rc_ray.systems import BASELINES, System
 from rc_ray.tables import compare
 
 __all__ = ["EvaluationFailed", "run"]

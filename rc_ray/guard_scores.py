@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from rc_ray.comparison import calibrate
-from rc_ray.config import EvaluateConfig
 from rc_ray.core.adapters import Adapter, first_adapted_layer
 from rc_ray.core.domains import RankingCase
 from rc_ray.core.metrics import hit_rate, ndcg, rank_targets
 from rc_ray.core.ranking import Ranker
 from rc_ray.data_config import Negatives
 from rc_ray.errors import UserError
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.guard import Judged
 from rc_ray.requests import MAIN, target_positions
 from rc_ray.shards import EMPTY

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from rc_ray.artifacts import write_json, write_text
-from rc_ray.config import EvaluateConfig
 from rc_ray.core.adapters import Adapter, load_adapter, save_adapter
 from rc_ray.core.compression import compressed
 from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
@@ -33,6 +32,7 @@ from rc_ray.core.weight_search import search_weights
 from rc_ray.core.weighting import WeightingStep, learn_weights, num_weighting_steps
 from rc_ray.engines import local_model_dir
 from rc_ray.errors import ArtifactError
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.guard import Judged
 from rc_ray.guard_scores import judge
 from rc_ray.merge_config import FixedMix, GuardConfig, LearnedMix, MixConfig, SearchedMix

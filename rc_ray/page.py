@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rc_ray import __version__, charts, mix_parts, page_parts
-from rc_ray.config import BASELINES
 from rc_ray.findings import Findings
 from rc_ray.page_parts import prose, score_cell, table
 from rc_ray.requests import CATALOGUE, MAIN
+from rc_ray.systems import BASELINES
 from rc_ray.verdicts import HEADLINE, sentences, too_few_samples
 
 SPLITS = {

@@ -13,10 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rc_ray.comparison import DomainScores, SystemScores
-from rc_ray.config import Experiment, Probe
+from rc_ray.config import Experiment
 from rc_ray.core.bootstrap import holm, paired_bootstrap
 from rc_ray.core.domains import RankingCase
 from rc_ray.core.metrics import TargetRanks, rank_targets
+from rc_ray.evaluate_config import Probe
 from rc_ray.requests import ASKED_PROBES, MAIN, list_slices, target_positions
 from rc_ray.tables import per_user
 

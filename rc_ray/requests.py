@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rc_ray.config import Probe
 from rc_ray.core.domains import RankingCase
 from rc_ray.data_config import MAIN_LIST
+from rc_ray.evaluate_config import Probe
 
 MAIN = MAIN_LIST
 CATALOGUE = "catalogue"

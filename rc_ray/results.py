@@ -10,9 +10,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rc_ray.config import SYSTEMS
 from rc_ray.errors import ArtifactError
 from rc_ray.requests import CATALOGUE, MAIN
+from rc_ray.systems import SYSTEMS
 
 Outcome = Literal["beats", "ties", "loses"]
 

@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rc_ray.config import EvaluateConfig, Experiment, System
+from rc_ray.config import Experiment
 from rc_ray.core.calibration import popularity_groups, prior_mismatch
 from rc_ray.core.candidates import POPULARITY_POWER
 from rc_ray.core.domains import Domain, RankingCase
 from rc_ray.core.metrics import TargetRanks, ndcg, rank_targets
 from rc_ray.core.ranking import WITH_PRIOR, calibrated
 from rc_ray.data_config import Negatives
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.requests import ASKED_PROBES, MAIN, flat_candidates, list_slices, target_positions
 from rc_ray.shards import EMPTY, EMPTY_MASKED, DomainRun, read_scores
+from rc_ray.systems import System
 
 Floats = npt.NDArray[np.floating[Any]]
 Cases = Mapping[str, Sequence[RankingCase]]

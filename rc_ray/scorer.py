@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from rc_ray.baseline_scores import BaselineRun, score_baseline
-from rc_ray.config import System
 from rc_ray.core.adapters import Adapter, first_adapted_layer, load_adapter
 from rc_ray.core.domains import Domain, RankingCase, read_domain
 from rc_ray.core.loading import choose_dtype, load_language_model
@@ -34,6 +33,7 @@ from rc_ray.shards import (
     read_arrays,
     write_arrays,
 )
+from rc_ray.systems import System
 
 Work = Shard | CatalogueShard | BaselineRun
 """What an actor may be given; each says which of its results are missing."""

@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from rc_ray.artifacts import digest
-from rc_ray.config import Probe, System
 from rc_ray.core.domains import RankingCase
 from rc_ray.core.prompts import Style
 from rc_ray.errors import ArtifactError
+from rc_ray.evaluate_config import Probe
 from rc_ray.requests import ASKED_PROBES, flat_candidates
+from rc_ray.systems import System
 
 USERS_PER_SHARD = 16
 EMPTY = "empty"

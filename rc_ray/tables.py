@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rc_ray.comparison import DomainScores
-from rc_ray.config import Experiment, System
+from rc_ray.config import Experiment
 from rc_ray.core.beyond_accuracy import (
     category_kl,
     coverage,
@@ -27,6 +27,7 @@ from rc_ray.core.metrics import TargetRanks, metric_values
 from rc_ray.requests import CATALOGUE, MAIN, list_slices, target_positions
 from rc_ray.results import RAW_SUFFIX
 from rc_ray.shards import NUM_SHOWN
+from rc_ray.systems import System
 
 _WITHOUT_PROBABILITIES: tuple[System, ...] = ("popularity", "item_knn", "title_embedding")
 """Systems whose scores are not meant as log probabilities; those of all others are, up to a

@@ -19,7 +19,8 @@ from typing import Any
 
 from rc_ray import artifacts, recipes, tracking
 from rc_ray.artifacts import RunFolder
-from rc_ray.checkpoints import CheckpointStore, check_model, model_shape, read_state
+from rc_ray.checkpoint_store import CheckpointStore
+from rc_ray.checkpoints import check_model, model_shape, read_state
 from rc_ray.config import Experiment
 from rc_ray.curves import summary, write_metrics
 from rc_ray.errors import ArtifactError, ConfigError, UserError

@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rc_ray.checkpoints import CheckpointStore, read_state
+from rc_ray.checkpoint_store import CheckpointStore
+from rc_ray.checkpoints import read_state
 from rc_ray.core.adapters import load_adapter, save_adapter
 from rc_ray.curves import write_metrics
 from rc_ray.errors import UserError

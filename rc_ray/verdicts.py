@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rc_ray.config import BASELINES, SYSTEMS
 from rc_ray.requests import CATALOGUE, MAIN
 from rc_ray.results import LEVEL, Difference, Outcome, Results
+from rc_ray.systems import BASELINES, SYSTEMS
 
 HEADLINE = "HR@1"
 NAMES = {

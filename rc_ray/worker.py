@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rc_ray.checkpoints import CheckpointStore, Found
+from rc_ray.checkpoint_store import CheckpointStore, Found
 from rc_ray.core.domains import read_domain
 from rc_ray.core.loading import choose_dtype, load_language_model
 from rc_ray.engines import (

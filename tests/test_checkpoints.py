@@ -10,14 +10,8 @@ import pytest
 import torch
 from transformers import Gemma3Config
 
-from rc_ray.checkpoints import (
-    CheckpointStore,
-    TrainingState,
-    check_files,
-    model_shape,
-    read_state,
-    write_state,
-)
+from rc_ray.checkpoint_store import CheckpointStore
+from rc_ray.checkpoints import TrainingState, check_files, model_shape, read_state, write_state
 from rc_ray.core.adapters import Adapter, LoraPair
 from rc_ray.core.validation import BestSoFar
 from rc_ray.errors import ArtifactError, ConfigError

@@ -290,7 +290,7 @@ def test_a_cocktail_that_cannot_be_explained_starts_no_ray(
     def session(*_: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("rc_ray.cli._session", session)
+    monkeypatch.setattr("rc_ray.cli.session", session)
     cocktail = RunFolder(load(finished).run_dir).cocktail_dir("tools")
     shutil.copytree(cocktail, cocktail.with_name(".tools.half"))  # of a killed merge
     result = call("merge", str(finished), "--explain", *arguments)
@@ -311,8 +311,8 @@ def test_run_leaves_out_what_no_system_needs(
 ) -> None:
     path = make_experiment(tmp_path)
     ran: list[str] = []
-    monkeypatch.setattr("rc_ray.cli._session", lambda *_: nullcontext())
-    monkeypatch.setattr("rc_ray.cli._run_each", lambda stages, *_: ran.extend(stages))
+    monkeypatch.setattr("rc_ray.chain.session", lambda *_: nullcontext())
+    monkeypatch.setattr("rc_ray.chain.run_each", lambda stages, *_: ran.extend(stages))
     overrides = [word for one in BASELINES_ALONE for word in ("--set", one)]
     result = call("run", str(path), *overrides)
     assert result.exit_code == 0, result.output
@@ -371,8 +371,8 @@ def test_seeds_share_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             value = {3: 0.1, 4: 0.4, 5: 0.1}[experiment.seed]
             write_results(RunFolder(experiment.run_dir).evaluate_dir, value, experiment.seed)
 
-    monkeypatch.setattr("rc_ray.cli._session", lambda *_: nullcontext())
-    monkeypatch.setattr("rc_ray.cli._run_each", run_each)
+    monkeypatch.setattr("rc_ray.chain.session", lambda *_: nullcontext())
+    monkeypatch.setattr("rc_ray.chain.run_each", run_each)
     result = call("run", str(path), "--seeds", "3")
     assert result.exit_code == 0, result.output
     assert [(one.seed, one.split_seed, one.name) for one in seen] == [

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rc_ray.comparison import calibrate
-from rc_ray.config import EvaluateConfig
 from rc_ray.core.domains import RankingCase
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.score_settings import best_point, grid_values
 from rc_ray.shards import Calibration
 

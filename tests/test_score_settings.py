@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rc_ray.config import EvaluateConfig
 from rc_ray.core.domains import RankingCase
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.score_settings import shared_points
 from rc_ray.shards import DomainRun, SystemRun, shards_of, write_arrays
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from rc_ray.comparison import DomainScores, SystemScores, calibrate, catalogue_ranks, list_ranks
-from rc_ray.config import EvaluateConfig, Experiment
+from rc_ray.config import Experiment
 from rc_ray.core.domains import RankingCase
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.probe_table import probe_table
 from rc_ray.tables import compare
 

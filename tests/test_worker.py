@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rc_ray import worker
-from rc_ray.checkpoints import CheckpointStore
+from rc_ray.checkpoint_store import CheckpointStore
 from rc_ray.training_config import TrainConfig
 
 

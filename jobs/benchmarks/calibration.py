@@ -23,11 +23,12 @@ import numpy as np
 from rc_ray import recipes
 from rc_ray.artifacts import RunFolder
 from rc_ray.comparison import is_test_split
-from rc_ray.config import EvaluateConfig, Experiment, System, load
+from rc_ray.config import Experiment, load
 from rc_ray.core.bootstrap import paired_bootstrap
 from rc_ray.core.domains import RankingCase, read_domain
 from rc_ray.core.metrics import hit_rate, ndcg
 from rc_ray.evaluate import plan
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.requests import MAIN
 from rc_ray.score_settings import (
     Cases,
@@ -41,6 +42,7 @@ from rc_ray.score_settings import (
     score_of,
 )
 from rc_ray.shards import read_scores
+from rc_ray.systems import System
 
 RAW: Point = (0.0, 0.0, False)
 FULL: Point = (1.0, 1.0, False)

@@ -64,7 +64,6 @@ from torch import Tensor
 
 from rc_ray.assets import model_dir
 from rc_ray.comparison import calibrate
-from rc_ray.config import EvaluateConfig
 from rc_ray.core.adapters import Adapter, first_adapted_layer, load_adapter
 from rc_ray.core.bootstrap import paired_bootstrap
 from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
@@ -74,6 +73,7 @@ from rc_ray.core.model import AdapterMix, LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.weighting import UnlabeledPrompt, learn_weights
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.merge_config import LearnedMix
 from rc_ray.merge_prompts import unlabeled_prompts
 from rc_ray.requests import MAIN, flat_candidates

@@ -56,7 +56,6 @@ import torch
 
 from rc_ray.assets import model_dir
 from rc_ray.comparison import calibrate
-from rc_ray.config import EvaluateConfig
 from rc_ray.core.batches import Example
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.fused_lora import fuse_lora
@@ -65,6 +64,7 @@ from rc_ray.core.model import LanguageModel, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.training import TorchEngine, TrainingModule, TrainingPlan, train_steps
+from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.training_config import TrainingConfig
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -18,13 +18,14 @@ from rc_ray import artifacts, evaluate, merge, merge_prompts, prior
 from rc_ray.artifacts import RunFolder
 from rc_ray.calibration_config import CalibrationConfig
 from rc_ray.cli import app
-from rc_ray.config import BASELINES, DEFAULT_SYSTEMS, Experiment
+from rc_ray.config import Experiment
 from rc_ray.core.adapters import load_adapter, save_adapter
 from rc_ray.core.domains import read_domain
 from rc_ray.errors import ArtifactError
 from rc_ray.sample_users import sampled_cases
 from rc_ray.serve.scoring import open_catalogue
 from rc_ray.status import dump
+from rc_ray.systems import BASELINES, DEFAULT_SYSTEMS
 from tests.conftest import Factory, Screen
 from tests.core.test_model import random_adapter
 

@@ -17,7 +17,8 @@ import torch
 
 from rc_ray import artifacts, engines, recipes, train, worker, zero
 from rc_ray.artifacts import RunFolder
-from rc_ray.checkpoints import CheckpointStore, TrainingState, model_shape, write_state
+from rc_ray.checkpoint_store import CheckpointStore
+from rc_ray.checkpoints import TrainingState, model_shape, write_state
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import Adapter, LoraPair, load_adapter
 from rc_ray.core.domains import read_domain
