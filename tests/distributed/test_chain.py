@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +30,7 @@ from rc_ray.status import dump
 from rc_ray.systems import BASELINES, DEFAULT_SYSTEMS
 from tests.conftest import Factory, Screen
 from tests.core.test_model import random_adapter
+from tests.test_benchmarks import load as load_benchmark
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("ray_local")]
 
@@ -131,6 +134,43 @@ def test_a_finished_cocktail_is_explained(experiment: Experiment, tmp_path: Path
     assert text.count("next item at rank ") == 10 * num_systems
     weights = json.loads((cocktail / "weights.json").read_text())
     assert text.count('class="spot"') == len(weights["modules"])
+
+
+def test_the_tables_of_a_study_are_those_of_its_evaluation(
+    experiment: Experiment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Means from the kept scores equal the published ones, and gains are their differences."""
+    run = RunFolder(experiment.run_dir)
+    path, svg = run.root / "config.yaml", tmp_path / "weights.svg"
+    path.write_text(dump(experiment))
+    tables = load_benchmark("cocktail_tables")
+    study = tables.read_study(path)
+    results = {
+        (row["system"], row["split"], row["metric"]): row["value"]
+        for row in pq.read_table(run.evaluate_dir / "results.parquet").to_pylist()
+        if row["candidates"] == "main"
+    }
+    for (_, system, split, measure), values in study.measured.items():
+        assert values.mean() == pytest.approx(results[system, split, measure], abs=1e-9)
+        if split == "warm" and measure == "HR@1" and f"{system} (raw)" in results:
+            raw = results[f"{system} (raw)", split, measure]
+            assert study.hits["tools", system].mean() == pytest.approx(raw, abs=1e-9)
+    assert {system for _, system, *_ in study.measured} >= {"cocktail", "uniform", "guarded"}
+    # -(3/4 ln 3/4 + 1/4 ln 1/4), and the entropy of four equals.
+    found = tables.entropy(np.log([[3.0, 1.0, 1e-30, 1e-30], [2.0, 2.0, 2.0, 2.0]]))
+    assert found == pytest.approx([0.5623351446, np.log(4)], abs=1e-9)
+
+    monkeypatch.setattr("sys.argv", ["cocktail_tables.py", str(path), "--svg", str(svg)])
+    tables.main()
+    told = capsys.readouterr().out
+    gain = results["cocktail", "warm", "NDCG@10"] - results["uniform", "warm", "NDCG@10"]
+    assert f"| uniform | {gain:+.3f} | [" in told
+    weights = json.loads((run.cocktail_dir("tools") / "weights.json").read_text())
+    assert svg.read_text().count('class="spot"') == len(weights["modules"])
+    ElementTree.parse(svg)
 
 
 def test_sample_users_lend_no_prompts_and_no_test_clicks(experiment: Experiment) -> None:
