@@ -52,7 +52,10 @@ def ray_session(
     logs_dir = run.logs_dir.absolute()
     logs_dir.mkdir(parents=True, exist_ok=True)
     with _redirected(None if verbose else logs_dir / "ray.log"):
-        _set_environment(local=address is None)
+        # A Ray in use has its way of telling friends from strangers; nodes that this process adds
+        # to it, or programs that it starts, could not join with another.
+        in_use = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+        _set_environment(local=address is None and not in_use)
         import ray
 
         if ray.is_initialized():

@@ -79,11 +79,16 @@ def test_descriptors_come_back_after_an_error(ray_local, tmp_path: Path, capfd) 
     assert (tmp_path / "logs" / "ray.log").read_text() == "inside\ninside too\n"
 
 
-def test_a_ray_in_use_is_left_running(ray_local, tmp_path: Path) -> None:
+def test_a_ray_in_use_is_left_running(
+    ray_local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with ray_session(RunFolder(tmp_path), num_cpus=1):
         assert ray.cluster_resources()["CPU"] == 4
+        # A node that joins from here has to agree with those that are there.
+        assert "RAY_AUTH_MODE" not in os.environ
     assert ray.is_initialized()
 
 
