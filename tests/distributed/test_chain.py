@@ -160,7 +160,9 @@ def test_the_tables_of_a_study_are_those_of_its_evaluation(
             assert study.hits["tools", system].mean() == pytest.approx(raw, abs=1e-9)
     assert {system for _, system, *_ in study.measured} >= {"cocktail", "uniform", "guarded"}
     # -(3/4 ln 3/4 + 1/4 ln 1/4), and the entropy of four equals.
-    found = tables.entropy(np.log([[3.0, 1.0, 1e-30, 1e-30], [2.0, 2.0, 2.0, 2.0]]))
+    found = load_benchmark("study").entropy(
+        np.log([[3.0, 1.0, 1e-30, 1e-30], [2.0, 2.0, 2.0, 2.0]])
+    )
     assert found == pytest.approx([0.5623351446, np.log(4)], abs=1e-9)
 
     monkeypatch.setattr("sys.argv", ["cocktail_tables.py", str(path), "--svg", str(svg)])
