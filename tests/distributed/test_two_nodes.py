@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("kind", ["elastic"])
+@pytest.mark.parametrize("kind", ["elastic", "fixed"])
 def test_a_run_outlives_the_loss_of_a_node(make_run, kind: str) -> None:
     # It goes on with one worker.
     experiment = make_run(
