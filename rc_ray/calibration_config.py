@@ -17,7 +17,7 @@ class CalibrationConfig(Section):
     their clicks, see docs/method.md. `fixed`: the three values below."""
     scope: Literal["domain", "global"] = "domain"
     """`domain`: for each system and domain. `global`: one setting per system for all domains, by
-    the mean over the domains."""
+    the mean over the domains. A merge sees one domain, so its guard calibrates by domain anyway."""
     alpha: NonNegativeFloat | None = None
     """`chosen_by: fixed` only, like the next two."""
     gamma: NonNegativeFloat | None = None

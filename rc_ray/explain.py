@@ -155,7 +155,9 @@ def shown_system(
     if guard is not None and name in guard.systems:
         one = guard.systems[name]
         guarded = Calibration(one["alpha"], one["gamma"], one["prior_in_trie"])
-        return ShownSystem(name, folder, guarded, chosen_by="the guard")
+        is_fixed = one.get("chosen_by") == "fixed"
+        who = "the experiment file" if is_fixed else "the guard"
+        return ShownSystem(name, folder, guarded, chosen_by=who)
     serving = experiment.serve.model_copy(update={"system": name, "guard": False})
     served = open_calibration(experiment.model_copy(update={"serve": serving}), domain)
     calibration = Calibration(served.alpha, served.gamma, served.prior_in_trie)

@@ -95,8 +95,8 @@ def _guard(cocktail: Cocktail) -> str:
             "<code>rc-ray report</code> tell how it fares on test users.</p></div>"
         )
     head = (
-        "<tr><th>system</th><th>NDCG</th><th>HR@1</th><th>p-value</th><th>&alpha;</th>"
-        "<th>&gamma;</th><th>prior in trie</th></tr>"
+        "<tr><th>system</th><th>NDCG</th><th>HR@1</th><th>p-value</th><th>entropy</th>"
+        "<th>&alpha;</th><th>&gamma;</th><th>prior in trie</th></tr>"
     )
     rows = [
         (
@@ -105,6 +105,7 @@ def _guard(cocktail: Cocktail) -> str:
                 f"{one['ndcg']:.3f}",
                 f"{one['hr1']:.3f}",
                 "" if one.get("p_value") is None else _p_value(one["p_value"]),
+                f"{one['entropy']:.3f}" if "entropy" in one else "",
                 f"{one['alpha']:g}",
                 f"{one['gamma']:g}",
                 "yes" if one["prior_in_trie"] else "no",
@@ -118,9 +119,10 @@ def _guard(cocktail: Cocktail) -> str:
         else f'<div class="card warning"><b>Entropy collapse.</b> {prose(guard.collapse)}</div>'
     )
     compared = (
-        f'{table(head, rows)}<p class="soft">{guard.num_valid_users:,} validation users, by whom '
-        "each system&#x27;s &alpha;, &gamma; and prior were chosen too. The p-value is that of the "
-        "paired difference from the cocktail in NDCG, before any correction.</p>"
+        f'{table(head, rows)}<p class="soft">{guard.num_valid_users:,} validation users. '
+        f"{html.escape(guard.calibrated)} The p-value is that of the paired difference from the "
+        "cocktail in NDCG, before any correction; the entropy, in nats, is that of the likelihood "
+        "over a user&#x27;s candidates, before any calibration.</p>"
     )
     return (
         f'{heading}{warning}<div class="card"><p><b>Served: {html.escape(guard.chosen)}.</b> '

@@ -1,14 +1,14 @@
 """The guard of a cocktail: what it has to beat on validation clicks before it is served.
 
 Validation users choose each system's calibration too, so all compared systems have the same
-advantage of having been fitted to them. No test user has a part in it.
+advantage of having been fitted to them. No test click has a part in it.
 
 Letters: N validation users.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rc_ray.artifacts import MANIFEST, read_json
+from rc_ray.calibration_config import CalibrationConfig
 from rc_ray.core.bootstrap import compare_systems
 from rc_ray.errors import ArtifactError
 from rc_ray.merge_config import GuardConfig
@@ -34,34 +35,38 @@ ARTICLES = {
     "ingredient": "the ingredient",
     "uniform": "the uniform average",
 }
+CALIBRATED = {
+    "clicks": "Each system is calibrated as these users' clicks on this domain choose.",
+    "unlabeled": "Each system is calibrated as these users' lists on this domain choose, without "
+    "their clicks.",
+    "fixed": "All systems are calibrated as the experiment file fixes it.",
+}
+"""By `chosen_by`: how the compared scores came by alpha, gamma and the prior in the trie."""
 
 Floats = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One system on the validation users, under the calibration that they chose for it."""
+    """One system on the validation users, under the calibration that was chosen for it."""
 
     ndcg: Floats
     """(N,)"""
     hr1: Floats
     """(N,)"""
+    entropy: Floats
+    """(N,) in nats, of the likelihood over the list, as the adapters learned it: no calibration,
+    since that of another system may be another."""
     calibration: Calibration
-
-
-@dataclass(frozen=True)
-class Entropies:
-    """Mean entropy of the first and of the last epoch of the weights' learning, in nats."""
-
-    first: float
-    last: float
+    chosen_by: str
+    """As in `CalibrationConfig`."""
 
 
 def decide(
     judged: Mapping[str, Judged],
     config: GuardConfig,
-    entropies: Entropies | None,
     *,
+    notes: Sequence[str] = (),
     num_bootstrap: int = NUM_BOOTSTRAP,
     seed: int,
 ) -> dict[str, Any]:
@@ -73,7 +78,7 @@ def decide(
     Args:
         judged: the cocktail and its controls on the same users; empty where there are none.
         config: the margin, and whether the guard is on.
-        entropies: of the learning, where an entropy was what it lowered.
+        notes: sentences on what the comparison rests on, told behind the reason.
         num_bootstrap: samples of the paired comparison.
         seed: of the resampling.
     """
@@ -103,21 +108,48 @@ def decide(
         )
     return {
         "chosen": chosen,
-        "why": why,
+        "why": " ".join([why, *notes]),
         "num_valid_users": num_users,
         "systems": {
             name: {
                 "ndcg": means[name],
                 "hr1": float(one.hr1.mean()),
+                "entropy": float(one.entropy.mean()),
                 "alpha": one.calibration.alpha,
                 "gamma": one.calibration.gamma,
                 "prior_in_trie": one.calibration.prior_in_trie,
+                "chosen_by": one.chosen_by,
+                # Whatever `evaluate.calibration.scope` says: a merge sees one domain.
+                "scope": "domain",
                 "p_value": p_values.get(name),
             }
             for name, one in judged.items()
         },
-        "collapse": _collapse(means, p_values, entropies),
+        "collapse": _collapse(judged, p_values),
     }
+
+
+def notes_on(num_prompted: int, calibration: CalibrationConfig) -> list[str]:
+    """What a reader has to know of the users of a comparison and of its calibrations.
+
+    Args:
+        num_prompted: of the users, whose test histories were prompts of the cocktail.
+        calibration: the experiment's.
+    """
+    found = []
+    if num_prompted:
+        found.append(
+            f"The test histories of {num_prompted} of these users, which hold their validation "
+            "clicks, were prompts of the cocktail (`merge.prompts_of: scored_users`): the domain "
+            "has too few others."
+        )
+    if calibration.scope == "global" and calibration.fixed is None:
+        found.append(
+            "Each system was calibrated on this domain alone: the calibration for all domains of "
+            "`evaluate.calibration.scope: global` is chosen by `rc-ray evaluate`, and served from "
+            "then on."
+        )
+    return found
 
 
 def _unjudged(why: str) -> dict[str, Any]:
@@ -147,19 +179,19 @@ def _p_values(judged: Mapping[str, Judged], num_bootstrap: int, seed: int) -> di
     }
 
 
-def _collapse(
-    means: Mapping[str, float], p_values: Mapping[str, float], entropies: Entropies | None
-) -> str | None:
+def _collapse(judged: Mapping[str, Judged], p_values: Mapping[str, float]) -> str | None:
     """Whether learning made the mix surer and worse than the equal weights that it began with."""
-    if entropies is None or "uniform" not in means or entropies.last >= entropies.first:
+    if "uniform" not in judged:
         return None
-    lost = means["uniform"] - means[COCKTAIL]
-    if lost <= 0 or p_values["uniform"] >= LEVEL:
+    equal, learned = judged["uniform"], judged[COCKTAIL]
+    first, last = float(equal.entropy.mean()), float(learned.entropy.mean())
+    before, after = float(equal.ndcg.mean()), float(learned.ndcg.mean())
+    if last >= first or after >= before or p_values["uniform"] >= LEVEL:
         return None
     return (
-        f"Confident and wrong: learning the weights lowered the entropy from {entropies.first:.3f} "
-        f"to {entropies.last:.3f} nats, and NDCG from {means['uniform']:.3f} (equal weights) to "
-        f"{means[COCKTAIL]:.3f} (p = {p_values['uniform']:.2g})."
+        f"Confident and wrong: on these users learning the weights lowered the entropy from "
+        f"{first:.3f} (equal weights) to {last:.3f} nats, and NDCG from {before:.3f} to "
+        f"{after:.3f} (p = {p_values['uniform']:.2g})."
     )
 
 
@@ -181,6 +213,12 @@ class Verdict:
     def sentences(self) -> str:
         """Why it chose so, and the collapse if there was one."""
         return self.why if self.collapse is None else f"{self.why} {self.collapse}"
+
+    @property
+    def calibrated(self) -> str:
+        """How the compared scores were calibrated; empty in a file of before that was told."""
+        named = {str(one.get("chosen_by")) for one in self.systems.values()}
+        return " ".join(CALIBRATED[name] for name in sorted(named) if name in CALIBRATED)
 
 
 def read_guard(cocktail_dir: Path) -> Verdict | None:
@@ -212,6 +250,7 @@ def read_guard(cocktail_dir: Path) -> Verdict | None:
 
 
 def _entry(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """One system of the file, its numbers checked."""
-    numbers = {name: float(raw[name]) for name in ("ndcg", "hr1", "alpha", "gamma")}
+    """One system of the file, its numbers checked; an earlier version told no entropy."""
+    names = ("ndcg", "hr1", "alpha", "gamma", *(["entropy"] if "entropy" in raw else []))
+    numbers = {name: float(raw[name]) for name in names}
     return {**raw, **numbers, "prior_in_trie": bool(raw["prior_in_trie"])}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rc_ray.core.domains import Domain, RankingCase, sample
 from rc_ray.core.predictions import UnlabeledPrompt
@@ -39,10 +39,12 @@ def prompts_for(
         if config.objective == "distillation":
             return pseudo_users(domain.titles, config.num_prompts, seed)
         if config.prompts_of == "scored_users":
-            scored = scored_cases(domain, num_test_users, split_seed)
+            scored = transductive_cases(
+                domain, config, seed, num_test_users=num_test_users, split_seed=split_seed
+            )
             if not scored:
                 raise UserError("it has no warm test user, whom `prompts_of: scored_users` needs")
-            return prompts_of(domain, sample(scored, config.num_prompts, seed))
+            return prompts_of(domain, scored)
     prompts = unlabeled_prompts(domain, config.num_prompts, seed, with_target=with_target)
     if not prompts:
         raise UserError("it has no users for unlabeled prompts; raise `data.unlabeled_fraction`")
@@ -54,8 +56,47 @@ def scored_cases(domain: Domain, num_test_users: int | None, seed: int) -> list[
     return sample(domain.cases("test", "warm"), num_test_users, seed)
 
 
+def transductive_cases(
+    domain: Domain,
+    config: LearnedMix | SearchedMix,
+    seed: int,
+    *,
+    num_test_users: int | None,
+    split_seed: int,
+) -> list[RankingCase]:
+    """The test cases whose histories are a mix's prompts; none but with `scored_users`.
+
+    Arguments as in `prompts_for`.
+    """
+    if not isinstance(config, LearnedMix) or config.objective == "distillation":
+        return []
+    if config.prompts_of != "scored_users":
+        return []
+    return sample(scored_cases(domain, num_test_users, split_seed), config.num_prompts, seed)
+
+
+def guard_cases(
+    cases: Sequence[RankingCase], num_users: int, seed: int, prompted: Collection[str] = ()
+) -> list[RankingCase]:
+    """Validation clicks that the guard compares systems on.
+
+    A test history holds the validation click, so who lent one to the learning of the weights is
+    asked only where there are too few others.
+
+    Args:
+        cases: of whom may be asked.
+        num_users: at most.
+        seed: of the samples.
+        prompted: ids of the users whose test histories were prompts.
+    """
+    lent = set(prompted)
+    others = sample([case for case in cases if case.user_id not in lent], num_users, seed)
+    rest = [case for case in cases if case.user_id in lent]
+    return others + sample(rest, num_users - len(others), seed)
+
+
 def valid_parts(
-    domain: Domain, num_users: int, seed: int
+    domain: Domain, num_users: int, seed: int, prompted: Collection[str] = ()
 ) -> tuple[list[RankingCase], list[RankingCase]]:
     """Validation users in two parts that share nobody: those who choose, and some of the others.
 
@@ -66,12 +107,13 @@ def valid_parts(
         num_users: in each part at most; where there are fewer than twice as many, half of them
             choose.
         seed: of the samples.
+        prompted: see `guard_cases`, of the second part.
     """
     cases = domain.cases("valid", "warm")
     choosing = sample(cases, min(num_users, -(-len(cases) // 2)), seed)
     taken = {case.user_id for case in choosing}
     others = [case for case in cases if case.user_id not in taken]
-    return choosing, sample(others, num_users, seed)
+    return choosing, guard_cases(others, num_users, seed, prompted)
 
 
 def unlabeled_prompts(

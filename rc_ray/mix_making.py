@@ -20,7 +20,7 @@ from torch import Tensor
 from rc_ray.artifacts import write_json, write_text
 from rc_ray.core.adapters import Adapter, load_adapter, save_adapter
 from rc_ray.core.compression import compressed
-from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
+from rc_ray.core.domains import Domain, RankingCase, read_domain
 from rc_ray.core.loading import choose_dtype, load_language_model
 from rc_ray.core.merging import concatenate, fixed_weights, layers_of, merge_fixed_measured
 from rc_ray.core.model import AdapterMix, LanguageModel
@@ -36,7 +36,13 @@ from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.guard import Judged
 from rc_ray.guard_scores import judge
 from rc_ray.merge_config import FixedMix, GuardConfig, LearnedMix, MixConfig, SearchedMix
-from rc_ray.merge_prompts import prompts_for, unlabeled_prompts, valid_parts
+from rc_ray.merge_prompts import (
+    guard_cases,
+    prompts_for,
+    transductive_cases,
+    unlabeled_prompts,
+    valid_parts,
+)
 from rc_ray.shards import Stopwatch
 
 _NUM_CHECK_PROMPTS = 4
@@ -115,8 +121,22 @@ class OpenDomain:
         """Validation clicks that the guard compares systems on; of none who chose a setting."""
         num_users, seed = self.guard.num_valid_users, self.order["split_seed"]
         if self.order["is_chosen_by_clicks"]:
-            return valid_parts(self.domain, num_users, seed)[1]
-        return sample(self.domain.cases("valid", "warm"), num_users, seed)
+            return valid_parts(self.domain, num_users, seed, self.prompted)[1]
+        cases = self.domain.cases("valid", "warm")
+        return guard_cases(cases, num_users, seed, self.prompted)
+
+    @cached_property
+    def prompted(self) -> frozenset[str]:
+        """Users whose test histories, validation click included, taught the cocktail's weights."""
+        config = LearnedMix.model_validate(self.order["mixes"]["cocktail"]["config"]["mix"])
+        cases = transductive_cases(
+            self.domain,
+            config,
+            _seed(self, config),
+            num_test_users=self.evaluate.num_test_users,
+            split_seed=self.order["split_seed"],
+        )
+        return frozenset(case.user_id for case in cases)
 
     @cached_property
     def choosing_cases(self) -> list[RankingCase]:

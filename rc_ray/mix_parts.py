@@ -54,9 +54,15 @@ def guards(findings: Findings) -> str:
                 cells.append(_number(one.get("p_value"), ".2g"))
         rows.append((domain, cells))
     items = "".join(f"<li>{prose(one)}</li>" for one in sentences(findings))
-    note = (
-        "On validation users, who choose each system's calibration too; no test user has a part in "
-        "it. p: of the paired difference from the cocktail, not corrected."
+    calibrated = dict.fromkeys(one.calibrated for one in found.values() if one.calibrated)
+    note = html.escape(
+        " ".join(
+            (
+                "On validation users; no test click has a part in it.",
+                *calibrated,
+                "p: of the paired difference from the cocktail, not corrected.",
+            )
+        )
     )
     return (
         f'<h2 id="guard">What the guard serves</h2><div class="card">{table(head + "</tr>", rows)}'

@@ -27,7 +27,7 @@ from rc_ray.artifacts import (
 from rc_ray.core.adapters import load_adapter
 from rc_ray.engines import prepare_process
 from rc_ray.errors import ArtifactError, UserError
-from rc_ray.guard import CONTROLS, GUARD_FILE, Entropies, decide
+from rc_ray.guard import CONTROLS, GUARD_FILE, Judged, decide, notes_on
 from rc_ray.merge_config import MixConfig
 from rc_ray.mix_making import OpenDomain, make_mix
 from rc_ray.shards import Stopwatch
@@ -36,9 +36,6 @@ TRIALS_FILE = "trials.parquet"
 """Beside a cocktail that a search has chosen: its trials."""
 NEEDED = ("cocktail", "uniform")
 """Mixes without which a domain has no cocktail."""
-
-_ENTROPIES = ("entropy", "vocabulary_entropy", "anchored")
-"""Objectives under which a falling entropy is what was asked for."""
 
 
 def mix_domain(order: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +62,7 @@ def _mix(order: dict[str, Any]) -> dict[str, Any]:
             raise UserError(failed[name])
     made = {name: _work_dir(order, name) for name in order["mixes"] if name not in failed}
     about = {name: read_json(folder / MANIFEST)["metrics"] for name, folder in made.items()}
-    guard = _judged(opened, made, about["cocktail"])
+    guard = _judged(opened, made)
     metrics = {
         **about["cocktail"],
         "mixes": {name: one for name, one in about.items() if name != "cocktail"},
@@ -150,20 +147,18 @@ def _is_made(folder: Path, wanted: str) -> bool:
         return False
 
 
-def _judged(
-    opened: OpenDomain, made: Mapping[str, Path], about: Mapping[str, Any]
-) -> dict[str, Any]:
+def _judged(opened: OpenDomain, made: Mapping[str, Path]) -> dict[str, Any]:
     """What `guard.json` says."""
-    judged = {}
+    judged: dict[str, Judged] = {}
+    notes: list[str] = []
     if opened.guard.enabled:
         mixed = {name: load_adapter(made[name]) for name in NEEDED}
         systems = {**opened.adapters, **mixed}
         asked = [name for name in (*CONTROLS, "cocktail") if name in systems]
         judged = opened.judged({name: systems[name] for name in asked})
-    entropies = None
-    if about.get("objective") in _ENTROPIES:
-        entropies = Entropies(about["first_entropy"], about["last_entropy"])
-    return decide(judged, opened.guard, entropies, seed=opened.order["seed"])
+        num_prompted = sum(case.user_id in opened.prompted for case in opened.valid_cases)
+        notes = notes_on(num_prompted, opened.evaluate.calibration)
+    return decide(judged, opened.guard, notes=notes, seed=opened.order["seed"])
 
 
 def _work_dir(order: Mapping[str, Any], name: str) -> Path:

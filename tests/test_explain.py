@@ -48,11 +48,12 @@ GUARD = {
             "gamma": 2.0,
             "prior_in_trie": True,
             "p_value": p_value,
+            **told,
         }
-        for name, ndcg, p_value in (
-            ("cocktail", 0.601, None),
-            ("ingredient", 0.611, 0.04),
-            ("uniform", 0.621, 0.0004),
+        for name, ndcg, p_value, told in (
+            ("cocktail", 0.601, None, {"entropy": 1.75, "chosen_by": "unlabeled"}),
+            ("ingredient", 0.611, 0.04, {}),
+            ("uniform", 0.621, 0.0004, {"entropy": 2.25, "chosen_by": "unlabeled"}),
         )
     },
     "collapse": "Confident and wrong: entropy fell, and so did NDCG.",
@@ -199,9 +200,12 @@ def test_the_guard_s_choice_is_told_and_marked(tmp_path: Path) -> None:
     page = page_of(read_cocktail(folder), [user(*systems)], systems)
     assert "<b>Served: uniform.</b> The <code>uniform</code> average is ahead by 0.020" in page
     assert "<b>Entropy collapse.</b> Confident and wrong" in page
-    assert re.search(r"<td>ingredient</td><td>0\.611</td><td>0\.250</td><td>0\.040</td>", page)
-    assert "<td>uniform</td><td>0.621</td><td>0.250</td><td>&lt;0.001</td>" in page
-    assert "<td>cocktail</td><td>0.601</td><td>0.250</td><td></td>" in page
+    # The entropy stands behind the p-value; the ingredient's is of an earlier version, untold.
+    row = r"<td>ingredient</td><td>0\.611</td><td>0\.250</td><td>0\.040</td><td></td><td>0\.5</td>"
+    assert re.search(row, page)
+    assert "<td>uniform</td><td>0.621</td><td>0.250</td><td>&lt;0.001</td><td>2.250</td>" in page
+    assert "<td>cocktail</td><td>0.601</td><td>0.250</td><td></td><td>1.750</td>" in page
+    assert "1,234 validation users. Each system is calibrated as these users&#x27; lists on" in page
     assert "1,234 validation users" in page
     assert '<h4>uniform <span class="tag">served</span></h4>' in page
     assert page.count(">served</span>") == 1
@@ -327,6 +331,11 @@ def test_the_guard_s_calibration_comes_first(served: Experiment, tmp_path: Path)
     shown = explain.shown_system(served, "tools", "cocktail", folder, guard)
     assert shown.calibration == Calibration(0.5, 2.0, True)
     assert shown.chosen_by == "the guard"
+    assert guard is not None
+    fixed = {"cocktail": {**guard.systems["cocktail"], "chosen_by": "fixed"}}
+    as_given = replace(guard, systems=fixed)
+    shown = explain.shown_system(served, "tools", "cocktail", folder, as_given)
+    assert shown.chosen_by == "the experiment file"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from rc_ray.artifacts import RunFolder, read_json
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError
 from rc_ray.guard import read_guard
-from rc_ray.serve.served import served_system
+from rc_ray.serve.served import guard_of, served_system
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class Calibration:
 def open_calibration(experiment: Experiment, domain: str) -> Calibration:
     """The weights that the experiment fixes, or that `evaluate` chose for the served system.
 
+    What a guard chose may have been evaluated as `guarded` alone; it is served as it was then.
     A domain that was not evaluated takes what was chosen for all domains, else what the guard of
-    the merge chose. Where there is nothing of this, it is the likelihood as it was trained.
+    the merge chose for this domain. Where there is nothing of this, it is the likelihood as it was
+    trained.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -42,10 +44,15 @@ def open_calibration(experiment: Experiment, domain: str) -> Calibration:
     as_trained = Calibration(prior_in_trie=experiment.tune.learns_with_prior)
     system = served_system(experiment, domain)
     try:
-        chosen = _chosen(read_json(path), domain, system) if path.exists() else None
+        chosen = None
+        if path.exists():
+            is_guarded = guard_of(experiment, domain) is not None
+            chosen = _chosen(read_json(path), domain, system, is_guarded=is_guarded)
         if chosen is None:
             verdict = read_guard(RunFolder(experiment.run_dir).cocktail_dir(domain))
             chosen = None if verdict is None else verdict.systems.get(system)
+            if chosen is not None:  # an earlier version did not tell who chose
+                chosen = {"chosen_by": experiment.evaluate.calibration.chosen_by, **chosen}
         if chosen is None:
             return as_trained
         return Calibration(
@@ -63,10 +70,17 @@ def open_calibration(experiment: Experiment, domain: str) -> Calibration:
 
 
 def _chosen(
-    table: Mapping[str, Mapping[str, Mapping[str, Any]]], domain: str, system: str
+    table: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    domain: str,
+    system: str,
+    *,
+    is_guarded: bool,
 ) -> Mapping[str, Any] | None:
     """The entry of `calibration.json` that holds for a domain; None where nothing was chosen."""
     own = table.get(domain, {}).get(system)
+    if own is None and is_guarded:  # what a guard chose may be compared under that name alone
+        guarded = table.get(domain, {}).get("guarded")
+        own = None if guarded is None or "is" in guarded else guarded
     shared = [one[system] for one in table.values() if one.get(system, {}).get("scope") == "global"]
     entry = own if own is not None else next(iter(shared), None)
     if entry is None or entry.get("chosen_by", "clicks") == "default":

@@ -85,7 +85,8 @@ class DomainInfo(Message):
     prior_in_trie: bool
     """Whether the likelihood holds the prior at every branch of the trie."""
     calibrated: bool
-    """Whether `evaluate` chose these three or the experiment fixed them; else they are defaults."""
+    """Whether `evaluate` or the guard of the merge chose these three, or the experiment fixed them;
+    else they are defaults."""
     chosen_by: str
     """`clicks` of validation users, their lists alone (`unlabeled`), `fixed`, or `default`."""
     scope: str

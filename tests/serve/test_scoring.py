@@ -228,6 +228,62 @@ def test_where_the_guard_refused_the_cocktail_its_choice_is_served(
         check_adapter_files(guarded, "tools")
 
 
+def test_who_chose_what_the_guard_served_is_told(experiment: Experiment, tmp_path: Path) -> None:
+    guarded = copied(experiment, tmp_path)
+    run = RunFolder(guarded.run_dir)
+    own = {"ndcg": 0.6, "hr1": 0.5, "alpha": 1.0, "gamma": 2.0, "prior_in_trie": False}
+
+    def served(settings: CalibrationConfig, **told: str) -> tuple[str, str]:
+        verdict = {
+            "chosen": "uniform",
+            "why": "It is ahead.",
+            "num_valid_users": 9,
+            "systems": {"uniform": {**own, **told}},
+            "collapse": None,
+        }
+        write_json(run.cocktail_dir("tools") / "guard.json", verdict)
+        evaluate = guarded.evaluate.model_copy(update={"calibration": settings})
+        found = open_calibration(guarded.model_copy(update={"evaluate": evaluate}), "tools")
+        assert (found.measured, found.alpha) == (True, 1.0)
+        return found.chosen_by, found.scope
+
+    unlabeled = CalibrationConfig(chosen_by="unlabeled", scope="global")
+    assert served(unlabeled, chosen_by="unlabeled", scope="domain") == ("unlabeled", "domain")
+    assert served(CalibrationConfig(), chosen_by="unlabeled") == ("unlabeled", "domain")
+    # A file of an earlier version tells nothing of it; the settings do.
+    assert served(unlabeled) == ("unlabeled", "domain")
+    assert served(CalibrationConfig()) == ("clicks", "domain")
+
+
+def test_what_is_compared_as_guarded_is_served_as_it_was_compared(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    """The guard chose a system that is not compared under its own name."""
+    guarded = copied(experiment, tmp_path)
+    run = RunFolder(guarded.run_dir)
+    own = {"ndcg": 0.6, "hr1": 0.5, "alpha": 1.0, "gamma": 2.0, "prior_in_trie": False}
+    verdict = {
+        "chosen": "uniform",
+        "why": "It is ahead.",
+        "num_valid_users": 9,
+        "systems": {"uniform": own},
+        "collapse": None,
+    }
+    write_json(run.cocktail_dir("tools") / "guard.json", verdict)
+    path = run.evaluate_dir / "calibration.json"
+    cocktail = {"alpha": 0.5, "gamma": 0.25, "prior_in_trie": True, "valid_ndcg": 0.3}
+    compared = {**cocktail, "alpha": 0.75, "chosen_by": "clicks", "scope": "global"}
+    write_json(path, {"tools": {"cocktail": cocktail, "guarded": compared}})
+    found = open_calibration(guarded, "tools")
+    assert (found.alpha, found.gamma, found.scope) == (0.75, 0.25, "global")
+    # Compared when the guard served another system, which has a name of its own.
+    write_json(path, {"tools": {"cocktail": cocktail, "guarded": {**compared, "is": "cocktail"}}})
+    assert open_calibration(guarded, "tools").alpha == 1.0
+    as_learned = guarded.serve.model_copy(update={"guard": False})
+    plain = guarded.model_copy(update={"serve": as_learned})
+    assert open_calibration(plain, "tools").alpha == 0.5
+
+
 def test_a_setting_for_all_domains_serves_one_that_was_not_evaluated(
     experiment: Experiment, tmp_path: Path
 ) -> None:
