@@ -32,7 +32,7 @@ def make_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[s
 
 
 def open_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[str, Any]:
-    """What `mix_making.OpenDomain` reads; nothing in it tells one mix of the adapters from another.
+    """What `OpenDomain` reads; nothing in it tells one mix of the adapters from another.
 
     Its `config` holds what shapes every mix of a domain.
     """

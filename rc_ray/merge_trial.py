@@ -21,8 +21,9 @@ from rc_ray.engines import prepare_process
 from rc_ray.errors import UserError
 from rc_ray.merge_config import LearnedMix
 from rc_ray.merge_prompts import prompts_for
-from rc_ray.mix_making import OpenDomain, scored_by
+from rc_ray.mix_making import scored_by
 from rc_ray.mixing import make_sealed
+from rc_ray.open_domain import OpenDomain
 from rc_ray.shards import Stopwatch
 from rc_ray.trial import base_of
 

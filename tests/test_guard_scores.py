@@ -21,7 +21,7 @@ from rc_ray.guard import read_guard
 from rc_ray.guard_scores import judge, score_systems
 from rc_ray.merge_plan import make_order
 from rc_ray.merge_prompts import guard_cases, prompts_for
-from rc_ray.mix_making import OpenDomain
+from rc_ray.open_domain import OpenDomain
 from rc_ray.serve.calibration import open_calibration
 from tests.conftest import Factory
 from tests.core.small_catalogue import TITLES, make_ranker
