@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from rc_ray.errors import UserError
 from rc_ray.merge import make_order
 from rc_ray.sweep_choice import choose_trial
 from rc_ray.sweep_plan import ERROR
-from rc_ray.trial_process import write_error
+from rc_ray.trial_process import give_memory_back, write_error
 from tests.conftest import Factory, Screen
 from tests.core.test_model import random_adapter
 
@@ -189,3 +190,19 @@ def test_a_mix_takes_this_nodes_model_and_refuses_another_base(
     shutil.rmtree(run.spirit_dir)
     save_adapter(run.spirit_dir, random_adapter(0), "another")
     assert "trained on another" in mixing.mix_domain(order)["error"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def resident_mb() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = [one for one in lines if one.startswith("RssAnon")]
+        return int(line.split()[1]) / 1024
+
+    blocks = [b"x" * 100_000 for _ in range(2000)]
+    kept = blocks[::50]  # what still lives between the freed blocks keeps their pages
+    del blocks
+    before = resident_mb()
+    give_memory_back()
+    assert resident_mb() < before - 100
+    assert len(kept) == 40
