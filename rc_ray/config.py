@@ -118,8 +118,8 @@ class Experiment(Section):
         if not self.data.spirit and (of_spirit or (needing and not self.can_mix)):
             raise ValueError(
                 f"`evaluate.systems` names {', '.join(dict.fromkeys([*of_spirit, *needing]))}, "
-                "made from a base "
-                "spirit, but `data.spirit` names no domain; name one, or leave these systems out"
+                "made from a base spirit, but `data.spirit` names no domain; name one, or leave "
+                "these systems out"
             )
         return self
 

@@ -19,7 +19,12 @@ from rc_ray import artifacts
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.merge_config import MergeSetting
-from rc_ray.sweep_summary import cell, line
+from rc_ray.sweep_summary import NDCG, read_trials, trials_page
+
+_OF_CLICKS = (
+    "The users who chose a setting make it look better than it is: the guard asks others, and no "
+    "test click is read before the evaluation."
+)
 
 _SCHEMA = pa.schema(
     [
@@ -165,79 +170,24 @@ def write_summary(
     Returns:
         The path of the file for people.
     """
-    domains: dict[str, Any] = {}
-    for domain in experiment.data.tested:
-        path = run.cocktail_dir(domain) / "trials.parquet"
-        if domain in failed:
-            domains[domain] = {"failed": failed[domain], "trials": []}
-        elif path.exists():
-            domains[domain] = _of_domain(pq.read_table(path).to_pylist())
-        else:
-            domains[domain] = {}
+    of_best = ("valid_ndcg", "final_objective")
+    domains = read_trials(experiment.data.tested, run.cocktail_dir, failed, of_best)
     found = {
         "choose_by": experiment.merge.choose_by,
         "last_session": dict(spent),
         "domains": domains,
     }
     artifacts.write_json(run.search_path.with_suffix(".json"), found)
-    artifacts.write_text(run.search_path, _markdown(experiment, found))
+    by_clicks = experiment.merge.choose_by == "valid_ndcg"
+    page = trials_page(
+        f"Search over the cocktails of {experiment.name}",
+        domains,
+        counts={"trials": "num_trials", "failed": "num_failed"},
+        lacking="cocktail",
+        measure=NDCG if by_clicks else ("objective", "final_objective"),
+        note=_OF_CLICKS if by_clicks else "",
+        spent=spent,
+        on_what=f"; {spent['trials_s']:.0f} s inside trials",
+    )
+    artifacts.write_text(run.search_path, page)
     return run.search_path
-
-
-def _of_domain(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    (best,) = (row for row in rows if row["chosen"])
-    return {
-        "num_trials": len(rows),
-        "num_failed": sum(row["error"] is not None for row in rows),
-        "best": best["label"],
-        "valid_ndcg": best["valid_ndcg"],
-        "final_objective": best["final_objective"],
-        "seconds": round(sum(row["seconds"] or 0.0 for row in rows), 3),
-        "trials": rows,
-    }
-
-
-def _markdown(experiment: Experiment, found: Mapping[str, Any]) -> str:
-    by_clicks = found["choose_by"] == "valid_ndcg"
-    measure = "valid_ndcg" if by_clicks else "final_objective"
-    measured = "validation NDCG" if by_clicks else "objective"
-    lines = [
-        f"# Search over the cocktails of {experiment.name}",
-        "",
-        f"| domain | trials | failed | chosen setting | {measured} | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    problems = []
-    for domain, row in found["domains"].items():
-        if "failed" in row:
-            lines.append(f"| {domain} | | | no cocktail: {cell(row['failed'])} | | |")
-            continue
-        if not row:
-            lines.append(f"| {domain} | | | not there yet | | |")
-            continue
-        value = "" if row[measure] is None else f"{row[measure]:.4f}"
-        lines.append(
-            f"| {domain} | {row['num_trials']} | {row['num_failed']} | {cell(row['best'])} "
-            f"| {value} | {row['seconds']:.1f} |"
-        )
-        problems += [
-            f"- {domain}, {one['label']}: {line(one['error'])}"
-            for one in row["trials"]
-            if one["error"] is not None
-        ]
-    if by_clicks:
-        note = (
-            "The users who chose a setting make it look better than it is: the guard asks others, "
-            "and no test click is read before the evaluation."
-        )
-        lines += ["", note]
-    if problems:
-        lines += ["", "Failed trials:", "", *problems]
-    last = found["last_session"]
-    if last.get("num_slots"):
-        lines += [
-            "",
-            f"Last session: {last['wall_s']:.0f} s with {last['num_slots']} slot(s); "
-            f"{last['trials_s']:.0f} s inside trials.",
-        ]
-    return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -18,7 +19,7 @@ from pydantic import (
 )
 
 from rc_ray.data_config import DomainName, Section
-from rc_ray.search_space import SearchSpace, apply_point, read_space
+from rc_ray.search_space import SearchSpace, apply_point, check_for_optuna, read_space
 
 FixedMethod = Literal[
     "linear",
@@ -192,6 +193,8 @@ class MergeConfig(MergeSetting):
     """Settings that a search with distributions draws, for each point of the grid."""
     search_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of the draws; the same for every domain."""
+    search_algorithm: Literal["random", "optuna"] = "random"
+    """`optuna`: each domain's later draws learn from what its earlier ones came to."""
     choose_by: Literal["valid_ndcg", "objective"] = "valid_ndcg"
     """What a search is decided by: validation clicks of users whom the guard does not ask, or the
     unlabeled objective at the learned weights."""
@@ -210,6 +213,11 @@ class MergeConfig(MergeSetting):
         if self.search is None:
             if self.num_samples != 1:
                 raise ValueError("`num_samples` is set, but there is no `search` that draws")
+            if not self.is_planned:
+                raise ValueError(
+                    "`search_algorithm: optuna` is set, but there is no `search` whose values it "
+                    "could draw; add one, or leave `search_algorithm` out"
+                )
             return self
         if not self.search:
             raise ValueError("`search` names no setting; name one, or leave `search` out")
@@ -218,7 +226,7 @@ class MergeConfig(MergeSetting):
                 raise ValueError(
                     f"`search` names the unknown field {field}; known: {_known_fields()}"
                 )
-        space = self._space
+        space = self.space
         if self.num_samples != 1 and not space.distributions:
             raise ValueError(
                 "`num_samples` is set, but `search` draws nothing; add a distribution such as "
@@ -231,13 +239,29 @@ class MergeConfig(MergeSetting):
                 f"`search` has {num_points:,} points, each learned on every domain; list fewer "
                 f"values or draw them, at most {_MAX_POINTS:,} points"
             )
+        if not self.is_planned:
+            self._check_optuna(space)
         for field, distribution in space.distributions.items():
             for value in distribution.ends:
-                self._setting({**space.draw(self.search_seed, 0), field: value})
+                self.setting({**space.draw(self.search_seed, 0), field: value})
         settings = self.settings()
         if self.choose_by == "objective":
             self._check_comparable(settings)
         return self
+
+    def _check_optuna(self, space: SearchSpace) -> None:
+        check_for_optuna(space)
+        if self.num_samples == 1:
+            raise ValueError(
+                "`search_algorithm: optuna` learns from one draw for the next, and `num_samples` "
+                "is 1; raise it, or set `search_algorithm: random`"
+            )
+        num_choices = math.prod(len(values) for values in space.choices.values())
+        if num_choices > _MAX_POINTS:
+            raise ValueError(
+                f"`search` has {num_choices:,} combinations of choices, each checked in advance; "
+                f"list fewer values, at most {_MAX_POINTS:,} combinations"
+            )
 
     def _check_comparable(self, settings: tuple[MergeSetting, ...]) -> None:
         """Refuse to compare objectives that do not measure the same."""
@@ -274,8 +298,13 @@ class MergeConfig(MergeSetting):
             )
 
     @property
-    def _space(self) -> SearchSpace:
+    def space(self) -> SearchSpace:
         return read_space(self.search or {})
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether all settings are known in advance; Optuna finds them on the way."""
+        return self.search_algorithm == "random"
 
     @property
     def is_chosen_by_clicks(self) -> bool:
@@ -283,10 +312,23 @@ class MergeConfig(MergeSetting):
         return self.search is not None and self.choose_by == "valid_ndcg"
 
     def settings(self) -> tuple[MergeSetting, ...]:
-        """One per point of the grid and draw of `search`; the only one where there is no search."""
+        """One per point of the grid and draw of `search`; the only one where there is no search.
+
+        Where Optuna draws, these stand for what it may ask for: every combination of what is
+        chosen from a list, with one draw of everything else.
+        """
+        space = self.space
+        points = (
+            space.points(self.num_samples, self.search_seed)
+            if self.is_planned
+            else [
+                {**space.draw(self.search_seed, 0), **dict(zip(space.choices, values, strict=True))}
+                for values in itertools.product(*space.choices.values())
+            ]
+        )
         settings: list[MergeSetting] = []
-        for point in self._space.points(self.num_samples, self.search_seed):
-            setting = self._setting(point)
+        for point in points:
+            setting = self.setting(point)
             if setting in settings:
                 raise ValueError("`search` has the same point twice; give each value once")
             settings.append(setting)
@@ -295,7 +337,8 @@ class MergeConfig(MergeSetting):
     def at(self, setting: MergeSetting) -> MergeConfig:
         """This section with one setting in place and nothing to search."""
         fields = {name: getattr(setting, name) for name in MergeSetting.model_fields}
-        return self.model_copy(update={**fields, "search": None, "num_samples": 1})
+        nothing = {"search": None, "num_samples": 1, "search_algorithm": "random"}
+        return self.model_copy(update={**fields, **nothing})
 
     def label(self, setting: MergeSetting) -> str:
         """The searched fields' values: `granularity=model learning_rate=0.1`."""
@@ -307,7 +350,12 @@ class MergeConfig(MergeSetting):
             parts.append(f"{name}={value}")
         return " ".join(parts)
 
-    def _setting(self, point: Mapping[str, Any]) -> MergeSetting:
+    def setting(self, point: Mapping[str, Any]) -> MergeSetting:
+        """The setting at one point, field -> value.
+
+        Raises:
+            ValueError: a value does not hold, or not beside the others.
+        """
         fields = {name: getattr(self, name) for name in MergeSetting.model_fields}
         try:
             return MergeSetting.model_validate(apply_point(fields, point, _known_fields))
@@ -317,7 +365,7 @@ class MergeConfig(MergeSetting):
             what = first["msg"].removeprefix("Value error, ")
             if place == "neighbours":
                 what = "each value is a list of domains, or all, as in [[], [books, games], all]"
-            if "integer" in what and place in self._space.distributions:
+            if "integer" in what and place in self.space.distributions:
                 what += "; draw it with `randint` or `choice`"
             raise ValueError(
                 f"`search` has a value that does not hold: {place or 'a point'}: {what}"

@@ -19,16 +19,22 @@ from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.merge_choice import MergeTrial, best_trial, told, write_trials
-from rc_ray.merge_plan import make_order, open_order, plan_mix
+from rc_ray.merge_config import MergeSetting
+from rc_ray.merge_plan import (
+    MEND,
+    asked_trials,
+    make_order,
+    order_path,
+    orders_dir,
+    plan_trial,
+    plan_trials,
+    trial_order,
+)
 from rc_ray.progress import Progress
 from rc_ray.session import num_fitting, require_resources, resources_text
 from rc_ray.sweep_plan import ERROR
 
 RESOURCE_FIELDS = "`merge.cpus_per_task`, `merge.gpus_per_task` and `merge.memory_per_task_gb`"
-_MEND = (
-    "set `merge.micro_batch_size` or lower `merge.batch_size`, or with `merge.memory_per_task_gb` "
-    "let fewer run side by side"
-)
 
 
 @dataclass
@@ -65,20 +71,18 @@ def search(
     for order in orders:
         domain = order["domain"]
         try:
-            found = plan_trials(experiment, folder, domain)
+            found = _trials_of(experiment, folder, domain)
             _pending(found)  # a damaged record of a trial is a problem of this domain alone
             trials[domain] = found
         except ArtifactError as error:
             result.failed[domain] = str(error)
     start = time.monotonic()
-    left = _pending(trial for found in trials.values() for trial in found)
-    num_slots, problems = 0, dict[Path, str]()
-    if left:
-        num_slots, problems = _fit(experiment, folder, trials, left, console)
+    before = _seconds_in(trials)
+    num_slots, problems = _run_trials(experiment, folder, trials, console)
     result.spent = {
         "wall_s": round(time.monotonic() - start, 3),
         "num_slots": num_slots,
-        "trials_s": round(sum(t.result["trial_seconds"] for t in left if t.is_finished), 3),
+        "trials_s": round(_seconds_in(trials) - before, 3),
     }
     for order in orders:
         if order["domain"] in trials:
@@ -91,70 +95,53 @@ def search(
     return result
 
 
-def plan_trials(experiment: Experiment, folder: RunFolder, domain: str) -> list[MergeTrial]:
-    """The trials of one domain, one per setting; settings that come to the same mix count once.
-
-    Raises:
-        ArtifactError: the domain or one of the adapters is not there yet.
-    """
-    trials: dict[Path, MergeTrial] = {}
-    for variant in experiment.variants():
-        recipe = recipes.merge_trial(experiment, variant, domain)
-        mix = plan_mix(variant, folder, domain, "cocktail")
-        inputs = mix["inputs"]
-        trial = MergeTrial(
-            domain=domain,
-            variant=variant,
-            label=experiment.merge.label(variant.merge),
-            # A mix's name holds no dash.
-            folder=folder.mix_work_dir(domain) / f"trial-{mix['fingerprint'][:16]}",
-            mix=mix,
-            config=recipe.config,
-            inputs=inputs,
-            fingerprint=artifacts.fingerprint(
-                config=recipe.config, seed=experiment.seed, inputs=inputs
-            ),
-        )
-        trials.setdefault(trial.folder, trial)
-    return list(trials.values())
+def _trials_of(experiment: Experiment, folder: RunFolder, domain: str) -> list[MergeTrial]:
+    """The planned trials of a domain, or those that Optuna has asked for so far."""
+    find = plan_trials if experiment.merge.is_planned else asked_trials
+    return find(experiment, folder, domain)
 
 
-def trial_order(
-    experiment: Experiment, folder: RunFolder, trial: MergeTrial, model: Path
-) -> dict[str, Any]:
-    """What `rc_ray.merge_trial` needs to run a trial, on any node; all JSON-able.
-
-    Args:
-        experiment: the one that searches.
-        folder: the run's.
-        trial: which one.
-        model: the base model's folder on the driver's node.
-    """
-    merge = trial.variant.merge
-    opened = open_order(trial.variant, folder, trial.domain)
-    return {
-        "domain": trial.domain,
-        "label": trial.label,
-        "folder": str(trial.folder),
-        # As many as there are where the domain has the prompts.
-        "setting": {"num_steps": merge.num_epochs * -(-merge.num_prompts // merge.batch_size)},
-        "opened": {**opened, "model_dir": str(model)},
-        "mix": trial.mix,
-        "choose_by": experiment.merge.choose_by,
-        "model": experiment.model.model_dump(mode="json"),
-        "model_dir": str(model),
-        "num_cpus": merge.cpus_per_task,
-        "use_gpu": merge.gpus_per_task > 0,
-        "scheduler": None,
-        "mend": _MEND,
-        "seed": experiment.seed,
-        "config": trial.config,
-        "inputs": trial.inputs,
-    }
+def _seconds_in(trials: Mapping[str, list[MergeTrial]]) -> float:
+    """Seconds that the finished trials took."""
+    finished = (one for found in trials.values() for one in found if one.is_finished)
+    return sum(float(one.result["trial_seconds"]) for one in finished)
 
 
 def _pending(trials: Iterable[MergeTrial]) -> list[MergeTrial]:
     return [trial for trial in trials if not trial.is_finished]
+
+
+def _run_trials(
+    experiment: Experiment,
+    folder: RunFolder,
+    trials: dict[str, list[MergeTrial]],
+    console: Progress,
+) -> tuple[int, dict[Path, str]]:
+    """Run what is left of the trials, adding to them what Optuna asks for on the way.
+
+    Returns:
+        How many run side by side, and trial folder -> what went wrong.
+    """
+    merge = experiment.merge
+    left = _pending(trial for found in trials.values() for trial in found)
+    to_ask = 0
+    if not merge.is_planned:
+        to_ask = sum(max(0, merge.num_samples - len(found)) for found in trials.values())
+    if not left and not to_ask:
+        return 0, {}
+    num_slots, died = _fit(experiment, folder, trials, left, console, to_ask=to_ask)
+    if not merge.is_planned:
+        for domain in trials:
+            trials[domain] = _trials_of(experiment, folder, domain)
+        left = _pending(trial for found in trials.values() for trial in found)
+    problems = {
+        path: f"its process died again and again; if memory ran out, {MEND} ({why})"
+        for path, why in died.items()
+    }
+    for trial in left:
+        if (trial.folder / ERROR).exists():
+            problems[trial.folder] = artifacts.read_json(trial.folder / ERROR)["error"]
+    return num_slots, problems
 
 
 def _fit(
@@ -163,11 +150,13 @@ def _fit(
     trials: Mapping[str, list[MergeTrial]],
     left: Sequence[MergeTrial],
     console: Progress,
+    *,
+    to_ask: int,
 ) -> tuple[int, dict[Path, str]]:
-    """Run the trials that are left.
+    """Run the trials that are left, and `to_ask` more that Optuna chooses.
 
     Returns:
-        How many run side by side, and trial folder -> what went wrong.
+        How many run side by side, and trial folder -> what killed its process.
     """
     from rc_ray.assets import model_dir
     from rc_ray.sweep import Request, fit
@@ -182,57 +171,74 @@ def _fit(
     fitting = num_fitting(request.cpus, request.gpus, request.memory)
     num_slots = max(1, min(fitting, merge.max_concurrent_trials or fitting))
     model = model_dir(experiment.model.path, console.note)
-    orders_dir = _orders_dir(experiment, folder)
-    handed = []
+    orders = orders_dir(experiment, folder)
     for trial in left:
-        handed.append(orders_dir / f"{trial.domain}.{trial.folder.name}.json")
-        artifacts.write_json(handed[-1], trial_order(experiment, folder, trial, model))
+        order = trial_order(experiment, folder, trial, model)
+        artifacts.write_json(order_path(orders, trial), order)
+    searcher = _optuna(experiment, folder, trials, model) if to_ask else None
+    num_trials = len(left) + to_ask
     console.note(
-        f"{len(left)} trial(s), {min(num_slots, len(left))} at a time, each "
+        f"{num_trials} trial(s), {min(num_slots, num_trials)} at a time, each "
         f"{resources_text(request.cpus, request.gpus, request.memory)}"
     )
     view = SweepView(
         console,
-        orders_dir,
+        orders,
         [trial.folder for trial in left],
-        len(left),
+        num_trials,
         request,
         fields=RESOURCE_FIELDS.replace(" and ", " or "),
     )
     with view.shown():
         died = fit(
-            folder.mix_work / ".tune" / _search_name(experiment, trials),
-            handed,
-            orders_dir,
+            folder.mix_work / ".tune" / _search_name(experiment, folder, trials),
+            [order_path(orders, trial) for trial in left],
+            orders,
             run_merge_trial,
             request,
             num_slots=num_slots,
             max_concurrent=merge.max_concurrent_trials,
+            searcher=searcher,
+            num_samples=num_trials if to_ask else 1,
             note=console.note,
         )
-    problems = {
-        Path(artifacts.read_json(path)["folder"]): (
-            f"its process died again and again; if memory ran out, {_MEND} ({why})"
-        )
-        for path, why in died.items()
-    }
-    for trial in left:
-        if (trial.folder / ERROR).exists():
-            problems[trial.folder] = artifacts.read_json(trial.folder / ERROR)["error"]
-    return num_slots, problems
+    return num_slots, {Path(artifacts.read_json(path)["folder"]): why for path, why in died.items()}
 
 
-def _orders_dir(experiment: Experiment, folder: RunFolder) -> Path:
-    """Where the orders of this search lie; those of another one are not mixed with them."""
-    known = [recipes.cocktail(experiment, "").config, experiment.seed, artifacts.METHOD]
-    return folder.mix_work / ".orders" / artifacts.digest(known)[:16]
+def _optuna(experiment: Experiment, folder: RunFolder, domains: Iterable[str], model: Path) -> Any:
+    from rc_ray.optuna_search import OptunaPerDomain
+
+    orders = orders_dir(experiment, folder)
+
+    def known(domain: str) -> list[tuple[Path, dict[str, Any]]]:
+        paths = [order_path(orders, one) for one in asked_trials(experiment, folder, domain)]
+        return [(path, artifacts.read_json(path)) for path in paths]
+
+    def make(domain: str, setting: MergeSetting) -> tuple[Path, dict[str, Any]]:
+        trial = plan_trial(experiment, setting, folder, domain)
+        return order_path(orders, trial), trial_order(experiment, folder, trial, model)
+
+    by_objective = experiment.merge.choose_by == "objective"
+    return OptunaPerDomain(
+        domains,
+        experiment.merge,
+        known,
+        make,
+        metric="final_objective" if by_objective else "valid_ndcg",
+        mode="min" if by_objective else "max",
+    )
 
 
-def _search_name(experiment: Experiment, trials: Mapping[str, list[MergeTrial]]) -> str:
+def _search_name(experiment: Experiment, folder: RunFolder, domains: Iterable[str]) -> str:
     """Of Tune's books: another search, other adapters or other resources are another one."""
-    planned = {domain: [t.fingerprint for t in found] for domain, found in trials.items()}
-    settings = experiment.merge.model_dump(mode="json")
-    return artifacts.digest([planned, settings, experiment.seed, artifacts.METHOD])[:16]
+    made = {domain: recipes.cocktail(experiment, domain) for domain in domains}
+    known = [
+        {domain: [recipe.config, recipe.inputs(folder)] for domain, recipe in made.items()},
+        experiment.merge.model_dump(mode="json"),
+        experiment.seed,
+        artifacts.METHOD,
+    ]
+    return artifacts.digest(known)[:16]
 
 
 def _chosen(

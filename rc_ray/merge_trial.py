@@ -40,7 +40,7 @@ def mix_cocktail(trial: dict[str, Any]) -> dict[str, Any]:
     Validation clicks are read where they choose; no test click is ever read.
 
     Args:
-        trial: the trial's order, see `merge_search.trial_order`.
+        trial: the trial's order, see `merge_plan.trial_order`.
 
     Returns:
         The manifest's metrics: those of the mix, `valid_ndcg` (in (0, 1]; null where an objective

@@ -7,60 +7,52 @@ when Tune's own books do not outlive the driver.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from rc_ray import artifacts
-from rc_ray.artifacts import RunFolder
-from rc_ray.config import Experiment
+from rc_ray.merge_config import MergeConfig
 from rc_ray.search_space import Distribution
-from rc_ray.sweep_plan import (
-    is_finished,
-    order_path,
-    orders_of,
-    plan_trial,
-    trial_config,
-    was_stopped,
-    write_order,
-)
+from rc_ray.sweep_plan import is_finished, was_stopped
+from rc_ray.tune_config import TuneConfig
 
-METRIC = "valid_ndcg"
 _MAX_ASKS = 50
 """For a point that the domain has not had."""
+
+Order = dict[str, Any]
+"""Of a trial: what its worker is handed; `setting` holds the whole setting."""
 
 
 class OptunaPerDomain(Searcher):  # type: ignore[misc]
     """Takes the domains in turn and asks each one's study for its next point.
 
     Args:
-        experiment: the whole experiment.
-        inputs: domain -> name -> digest of what its ingredient is made from.
-        work: the folder of all trials.
-        orders: where orders are written.
-        model: the base model's folder on the driver's node.
-        memory: bytes that a trial's process is given.
+        domains: their names.
+        config: what is searched, how often, and with which seed.
+        known: a domain's name -> path and content of each of its orders so far.
+        make: a domain's name and a setting -> path and content of the trial's order.
+        metric: what a trial reports and a study learns from.
+        mode: whether more of it is better.
     """
 
     def __init__(
         self,
-        experiment: Experiment,
-        inputs: Mapping[str, dict[str, str]],
-        work: Path,
-        orders: Path,
-        model: Path,
-        memory: int,
+        domains: Iterable[str],
+        config: TuneConfig | MergeConfig,
+        known: Callable[[str], list[tuple[Path, Order]]],
+        make: Callable[[str, Any], tuple[Path, Order]],
+        *,
+        metric: str = "valid_ndcg",
+        mode: Literal["max", "min"] = "max",
     ) -> None:
-        super().__init__(metric=METRIC, mode="max")
-        self._experiment = experiment
-        self._inputs = dict(inputs)
-        self._work = work
-        self._orders = orders
-        self._model = model
-        self._memory = memory
+        super().__init__(metric=metric, mode=mode)
+        self._config = config
+        self._known = known
+        self._make = make
         self._studies: dict[str, Any] = {}
         self._left: dict[str, int] = {}
         self._asked: dict[str, tuple[str, str]] = {}
@@ -69,9 +61,13 @@ class OptunaPerDomain(Searcher):  # type: ignore[misc]
         self._given: set[str] = set()
         self._space = {
             name.replace(".", "|"): _optuna_distribution(one)
-            for name, one in experiment.tune.space.distributions.items()
+            for name, one in config.space.distributions.items()
         }
-        for domain in inputs:
+        self._choices = {
+            name.replace(".", "|"): [_held(config, name, value) for value in values]
+            for name, values in config.space.choices.items()
+        }
+        for domain in domains:
             self._prepare(domain)
 
     def set_search_properties(
@@ -90,8 +86,7 @@ class OptunaPerDomain(Searcher):  # type: ignore[misc]
             return {"trial": str(path)}
         for attempt in range(_MAX_ASKS):
             asked = trial_id if attempt == 0 else f"{trial_id}.{attempt}"
-            point = self._studies[domain].suggest(asked)
-            order = self._order(domain, {key.replace("|", "."): v for key, v in point.items()})
+            order = self._order(domain, self._studies[domain].suggest(asked))
             if order is not None:
                 self._asked[trial_id] = (domain, asked)
                 self._given.add(order.name)
@@ -99,18 +94,20 @@ class OptunaPerDomain(Searcher):  # type: ignore[misc]
         self._left[domain] = 0  # a small space: everything in it has been tried
         return self.suggest(trial_id)
 
-    def _order(self, domain: str, point: dict[str, Any]) -> Path | None:
+    def _order(self, domain: str, point: Mapping[str, Any]) -> Path | None:
         """The order of a new point, None for one that is no setting or that the domain has."""
+        choices = self._config.space.choices
+        values = {name.replace("|", "."): place for name, place in point.items()}
+        values |= {name: choices[name][values[name]] for name in choices}
         try:
-            setting = self._experiment.tune.setting(point)
+            setting = self._config.setting(values)
         except ValueError:  # e.g. a batch between two ends that does not divide into whole parts
             return None
-        trial = plan_trial(self._experiment, self._inputs[domain], domain, self._work, setting)
-        if order_path(self._orders, trial).exists():
+        path, order = self._make(domain, setting)
+        if path.exists():
             return None
-        run = RunFolder(self._work.parent)
-        order = trial_config(self._experiment, run, trial, self._model, memory=self._memory)
-        return write_order(self._orders, trial, order)
+        artifacts.write_json(path, order)
+        return path
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass
@@ -124,7 +121,7 @@ class OptunaPerDomain(Searcher):  # type: ignore[misc]
             self._studies[domain].on_trial_complete(asked, result, failed)
         elif trial_id in self._begun:
             order = artifacts.read_json(self._begun.pop(trial_id))
-            self._tell(order, (result or {}).get(METRIC))
+            self._tell(order, (result or {}).get(self.metric))
 
     def save(self, checkpoint_path: str) -> None:
         # Studies and what is left; what a restored experiment says else is the pickled searcher's.
@@ -155,49 +152,51 @@ class OptunaPerDomain(Searcher):  # type: ignore[misc]
             again += [path for path in self._unfinished(domain) if path.name not in known]
 
     def _unfinished(self, domain: str) -> list[Path]:
-        return [
-            path
-            for path, order in orders_of(self._orders, domain, self._inputs[domain])
-            if not _has_ended(order)
-        ]
+        return [path for path, order in self._known(domain) if not _has_ended(order)]
 
-    def _tell(self, order: dict[str, Any], value: float | None) -> None:
-        if value is not None:  # None: it failed, or the domain has no validation users
-            point = _point(order["setting"], self._space)
-            self._studies[order["domain"]].add_evaluated_point(point, value)
+    def _tell(self, order: Order, value: float | None) -> None:
+        if value is None:  # it failed, or the domain has no validation users
+            return
+        point = {name: _at(order["setting"], name.replace("|", ".")) for name in self._space}
+        point |= {name: held.index(point[name]) for name, held in self._choices.items()}
+        self._studies[order["domain"]].add_evaluated_point(point, value)
 
     def _prepare(self, domain: str) -> None:
         """A study that knows the domain's finished trials."""
-        config = self._experiment.tune
+        config = self._config
         self._studies[domain] = OptunaSearch(
-            self._space, metric=METRIC, mode="max", seed=config.search_seed
+            self._space, metric=self.metric, mode=self.mode, seed=config.search_seed
         )
         num_ended = 0
-        for _, order in orders_of(self._orders, domain, self._inputs[domain]):
+        for _, order in self._known(domain):
             if _has_ended(order):
                 num_ended += 1
             if is_finished(order):
                 manifest = artifacts.read_json(Path(order["folder"]) / artifacts.MANIFEST)
-                self._tell(order, manifest["metrics"].get(METRIC))
+                self._tell(order, manifest["metrics"].get(self.metric))
         self._again[domain] = self._unfinished(domain)
         self._left[domain] = max(0, (config.num_samples or 0) - num_ended)
 
 
-def _has_ended(order: dict[str, Any]) -> bool:
+def _has_ended(order: Order) -> bool:
     """Whether a trial is finished, or was stopped early and stays so."""
     return is_finished(order) or was_stopped(Path(order["folder"]), order["scheduler"])
 
 
-def _point(setting: dict[str, Any], space: Mapping[str, Any]) -> dict[str, Any]:
-    """Where in the space a setting lies; the space's names have a bar in place of the dot."""
-    point = {}
-    for name in space:
-        section, _, leaf = name.rpartition("|")
-        point[name] = (setting[section] if section else setting)[leaf]
-    return point
+def _held(config: TuneConfig | MergeConfig, name: str, value: Any) -> Any:
+    """What an order's setting holds where this value was chosen, e.g. a number for its text."""
+    point = {**config.space.draw(config.search_seed, 0), name: value}
+    return _at(config.setting(point).model_dump(mode="json"), name)
+
+
+def _at(setting: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, whose name may begin with its section's and a dot."""
+    section, _, leaf = name.rpartition(".")
+    return (setting[section] if section else setting)[leaf]
 
 
 def _optuna_distribution(one: Distribution) -> Any:
+    """A choice is drawn by its place in the list: a list of domains is no value for Optuna."""
     from optuna.distributions import (
         CategoricalDistribution,
         FloatDistribution,
@@ -205,7 +204,7 @@ def _optuna_distribution(one: Distribution) -> Any:
     )
 
     if one.kind == "choice":
-        return CategoricalDistribution(list(one.values))
+        return CategoricalDistribution(range(len(one.values)))
     low, high = one.values
     if one.kind == "randint":
         return IntDistribution(low, high)

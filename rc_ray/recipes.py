@@ -188,8 +188,10 @@ def merge_trial(experiment: Experiment, variant: Experiment, domain: str) -> Rec
 
 def cocktail(experiment: Experiment, domain: str) -> Recipe:
     merge, made = experiment.merge, mixes(experiment)
+    # Unsaid where it is the default: what was sealed before one could choose stays as it is.
+    apart = _EXECUTION["merge"] | ({"search_algorithm"} if merge.is_planned else set())
     shaping: dict[str, Any] = {
-        "merge": merge.model_dump(mode="json", exclude=_EXECUTION["merge"]),
+        "merge": merge.model_dump(mode="json", exclude=apart),
         "made": list(made),
         **form(experiment),
     }

@@ -1,4 +1,4 @@
-"""What `tune.search` says, as points: grids in full, distributions drawn in advance.
+"""What `search` of a section says, as points: grids in full, distributions drawn in advance.
 
 A draw depends on the seed, the field and its number alone, so the same experiment plans the same
 points on every start, and more samples keep those that were drawn before.
@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 Kind = Literal["uniform", "loguniform", "randint", "choice"]
@@ -53,6 +54,13 @@ class SearchSpace:
     grids: dict[str, tuple[Any, ...]]
     distributions: dict[str, Distribution]
 
+    @property
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """The values of the fields that are drawn from a list."""
+        return {
+            field: one.values for field, one in self.distributions.items() if one.kind == "choice"
+        }
+
     def points(self, num_samples: int, seed: int) -> list[dict[str, Any]]:
         """Each point of the grid with `num_samples` draws of the rest, no point twice.
 
@@ -93,7 +101,7 @@ class SearchSpace:
 
 
 def read_space(search: Mapping[str, Any]) -> SearchSpace:
-    """Read `tune.search`.
+    """Read `search` of a section.
 
     Args:
         search: field -> a list of values, or a mapping of one distribution to its arguments.
@@ -115,6 +123,26 @@ def read_space(search: Mapping[str, Any]) -> SearchSpace:
                 f"`search` has {entry!r} for {field}; write a list of values, or one of {_forms()}"
             )
     return SearchSpace(grids, distributions)
+
+
+def check_for_optuna(space: SearchSpace) -> None:
+    """Refuse a space that Optuna cannot draw from here.
+
+    Raises:
+        ValueError: it has a grid or nothing to draw, or Optuna is not installed.
+    """
+    if not space.distributions:
+        raise ValueError("`search_algorithm: optuna` needs a distribution in `search`")
+    if space.grids:
+        raise ValueError(
+            f"`search_algorithm: optuna` draws every field; write {next(iter(space.grids))} "
+            "as {choice: [...]}"
+        )
+    if find_spec("optuna") is None:
+        raise ValueError(
+            "`search_algorithm: optuna` needs the package optuna; install `rc-ray[sweep]`, or "
+            "set `search_algorithm: random`"
+        )
 
 
 def _read_distribution(field: str, entry: Mapping[str, Any]) -> Distribution:

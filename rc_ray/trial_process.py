@@ -44,7 +44,7 @@ def run_merge_trial(config: dict[str, Any]) -> None:
     """Run one trial of a search over merge settings; like `run_trial` it never raises.
 
     Args:
-        config: `trial` is the path of the trial's order, see `rc_ray.merge_search`.
+        config: `trial` is the path of the trial's order, see `rc_ray.merge_plan`.
     """
 
     def mix(trial: dict[str, Any], report: Callable[[int, float], None]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rc_ray import artifacts, joint, recipes, tracking
 from rc_ray.artifacts import RunFolder
@@ -25,6 +26,7 @@ from rc_ray.sweep_plan import (
     ERROR,
     STOPPED,
     Trial,
+    order_path,
     orders_in,
     orders_of,
     pending,
@@ -252,10 +254,7 @@ def _fit(
 
         scheduler = HalvingPerDomain(orders_dir, config.scheduler.model_dump(mode="json"))
     if to_ask:
-        from rc_ray.optuna_search import OptunaPerDomain
-
-        inputs = {name: recipes.ingredient(experiment, name).inputs(folder) for name in trials}
-        searcher = OptunaPerDomain(experiment, inputs, work, orders_dir, model, request.memory)
+        searcher = _optuna(experiment, folder, work, trials, model, request.memory)
     num_trials = len(left) + to_ask
     num_processes = len(handed) + to_ask
     console.note(
@@ -293,6 +292,30 @@ def _fit(
         if error.exists():
             problems[Path(order["folder"])] = artifacts.read_json(error)["error"]
     return num_slots, problems
+
+
+def _optuna(
+    experiment: Experiment,
+    folder: RunFolder,
+    work: Path,
+    domains: Iterable[str],
+    model: Path,
+    memory: int,
+) -> Any:
+    from rc_ray.optuna_search import OptunaPerDomain
+
+    orders_dir = _orders_dir(experiment, work)
+    inputs = {name: recipes.ingredient(experiment, name).inputs(folder) for name in domains}
+
+    def known(domain: str) -> list[tuple[Path, dict[str, Any]]]:
+        return orders_of(orders_dir, domain, inputs[domain])
+
+    def make(domain: str, setting: TrainingConfig) -> tuple[Path, dict[str, Any]]:
+        trial = plan_trial(experiment, inputs[domain], domain, work, setting)
+        order = trial_config(experiment, folder, trial, model, memory=memory)
+        return order_path(orders_dir, trial), order
+
+    return OptunaPerDomain(inputs, experiment.tune, known, make)
 
 
 def _sweep_name(

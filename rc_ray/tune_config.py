@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,7 +17,7 @@ from pydantic import (
 )
 
 from rc_ray.data_config import Section
-from rc_ray.search_space import SearchSpace, apply_point, read_space
+from rc_ray.search_space import SearchSpace, apply_point, check_for_optuna, read_space
 from rc_ray.training_config import EXECUTION_FIELDS, DeepSpeedConfig, LoraConfig, TrainingConfig
 
 _FORM_FIELDS = ("style", "loss", "prior_in_loss")
@@ -118,10 +117,10 @@ class TuneConfig(TrainingConfig):
                 f"`search` draws {', '.join(space.distributions)}; set `num_samples`, how often"
             )
         if self.search_algorithm == "optuna":
-            self._check_optuna(space)
+            check_for_optuna(space)
         for field, distribution in space.distributions.items():
             for value in distribution.ends:
-                self._setting({**space.draw(self.search_seed, 0), field: value})
+                self.setting({**space.draw(self.search_seed, 0), field: value})
         if self.gpus_per_trial > 1:
             raise ValueError(
                 f"`gpus_per_trial` is {self.gpus_per_trial:g}: a process uses one GPU; set it to "
@@ -153,20 +152,6 @@ class TuneConfig(TrainingConfig):
             raise ValueError(
                 "dropout would tie together what domains learn side by side"
                 f"{apart} `lora.dropout` to 0"
-            )
-
-    def _check_optuna(self, space: SearchSpace) -> None:
-        if not space.distributions:
-            raise ValueError("`search_algorithm: optuna` needs a distribution in `search`")
-        if space.grids:
-            raise ValueError(
-                f"`search_algorithm: optuna` draws every field; write {next(iter(space.grids))} "
-                "as {choice: [...]}"
-            )
-        if find_spec("optuna") is None:
-            raise ValueError(
-                "`search_algorithm: optuna` needs the package optuna; install `rc-ray[sweep]`, or "
-                "set `search_algorithm: random`"
             )
 
     def _check_workers(self, settings: tuple[TrainingConfig, ...]) -> None:
@@ -219,7 +204,7 @@ class TuneConfig(TrainingConfig):
         points = self.space.points(self.num_samples or 1, self.search_seed)
         settings: list[TrainingConfig] = []
         for point in points:
-            setting = self._setting(point)
+            setting = self.setting(point)
             if setting in settings:
                 raise ValueError("`search` has the same point twice; give each value once")
             settings.append(setting)
@@ -234,9 +219,14 @@ class TuneConfig(TrainingConfig):
             return self.settings()
         ends = {field: one.ends for field, one in self.space.distributions.items()}
         corners = itertools.islice(itertools.product(*ends.values()), _MAX_CORNERS)
-        return tuple(self._setting(dict(zip(ends, corner, strict=True))) for corner in corners)
+        return tuple(self.setting(dict(zip(ends, corner, strict=True))) for corner in corners)
 
-    def _setting(self, point: Mapping[str, Any]) -> TrainingConfig:
+    def setting(self, point: Mapping[str, Any]) -> TrainingConfig:
+        """The setting at one point, field -> value.
+
+        Raises:
+            ValueError: a value does not hold, or not beside the others.
+        """
         fields: dict[str, Any] = {name: getattr(self, name) for name in TrainingConfig.model_fields}
         fields["lora"] = self.lora.model_dump()
         fields = apply_point(fields, point, _known_fields)
@@ -251,10 +241,6 @@ class TuneConfig(TrainingConfig):
             raise ValueError(
                 f"`search` has a value that does not hold: {place or 'a point'}: {what}"
             ) from None
-
-    def setting(self, point: Mapping[str, Any]) -> TrainingConfig:
-        """The setting at one point, field -> value."""
-        return self._setting(point)
 
 
 def _known_fields() -> str:

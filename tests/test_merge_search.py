@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from rc_ray import artifacts, recipes
+from rc_ray import artifacts, recipes, search_space
 from rc_ray.artifacts import RunFolder, fingerprint, write_manifest
 from rc_ray.cli import app
 from rc_ray.config import Experiment
@@ -19,9 +19,8 @@ from rc_ray.core.adapters import save_adapter
 from rc_ray.core.domains import Domain, RankingCase, read_domain
 from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.merge_choice import MergeTrial, best_trial, sentence, told, write_summary, write_trials
-from rc_ray.merge_plan import make_order
+from rc_ray.merge_plan import make_order, plan_trials, trial_order
 from rc_ray.merge_prompts import valid_parts
-from rc_ray.merge_search import plan_trials, trial_order
 from rc_ray.sweep_plan import ERROR
 from rc_ray.trial_process import fail
 from tests.conftest import Factory
@@ -120,6 +119,66 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_run("merge.choose_by=objective", *overrides)
+
+
+OPTUNA = "merge.search_algorithm=optuna"
+RATES = "learning_rate: {loguniform: [0.01, 1.0]}"
+UNEQUAL = (
+    "{over: {choice: [candidates, catalogue]}, objective: {choice: [entropy, vocabulary_entropy]}}"
+)
+FORTY = f"{{choice: {list(range(1, 41))}}}"
+MANY = f"{{batch_size: {FORTY}, num_prompts: {FORTY}}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "`search_algorithm: optuna` is set, but there is no `search`"),
+        ([GRID], "needs a distribution in `search`"),
+        (
+            [f"merge.search={{granularity: [model, linear], {RATES}}}", "merge.num_samples=3"],
+            r"draws every field; write granularity as \{choice: \[...\]\}",
+        ),
+        ([f"merge.search={{{RATES}}}"], "`num_samples` is 1; raise it"),
+        (["merge.num_samples=3", f"merge.search={UNEQUAL}"], "leave out `over`"),
+        (
+            ["merge.num_samples=3", "merge.choose_by=objective"]
+            + ["merge.search={rank: {choice: [null, 4]}}"],
+            "cannot tell one `rank` from another",
+        ),
+        (["merge.num_samples=3", f"merge.search={MANY}"], "1,600 combinations of choices"),
+    ],
+)
+def test_what_optuna_cannot_search_is_refused(
+    make_run: Factory, overrides: list[str], message: str
+) -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(ConfigError, match=message):
+        make_run(*overrides, OPTUNA)
+
+
+def test_optuna_is_asked_for_by_name_when_it_is_missing(
+    make_run: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_space, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"merge.*install `rc-ray\[sweep\]`"):
+        make_run(f"merge.search={{{RATES}}}", "merge.num_samples=2", OPTUNA)
+
+
+def test_what_optuna_may_choose_is_known_in_advance(make_run: Factory) -> None:
+    """Every combination of the lists stands in, so that what any of them reads is known."""
+    pytest.importorskip("optuna")
+    space = f"{{neighbours: {{choice: [[], [lamps]]}}, rank: {{choice: [2, 4]}}, {RATES}}}"
+    experiment = make_run(*BOTH, f"merge.search={space}", "merge.num_samples=3", OPTUNA)
+    found = {(one.merge.neighbours, one.merge.rank) for one in experiment.variants()}
+    assert found == {((), 2), ((), 4), (("lamps",), 2), (("lamps",), 4)}
+    assert len(experiment.variants()) == 4
+    assert "ingredients/lamps" in recipes.cocktail(experiment, "tools").reads
+    # A cocktail that was made before one could choose is not made anew.
+    told = recipes.cocktail(experiment, "tools").config["merge"]
+    assert told["search_algorithm"] == "optuna"
+    drawn = make_run(*BOTH, f"merge.search={space}", "merge.num_samples=3")
+    assert "search_algorithm" not in recipes.cocktail(drawn, "tools").config["merge"]
 
 
 def test_what_measures_the_same_is_compared(make_run: Factory) -> None:

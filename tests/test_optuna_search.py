@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from rc_ray import artifacts, recipes, tune
+from rc_ray import artifacts, merge_search, tune
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.sweep_plan import STOPPED, trial_config, write_order
 from tests.conftest import Factory
+from tests.test_merge_search import with_adapters
 
 # Nothing runs on Ray here, but Ray must not be imported before the tests' session sets it up.
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("ray_local")]
@@ -28,29 +29,26 @@ SETTINGS = (
 
 def searcher(experiment: Experiment) -> Any:
     """What a driver that has just been started asks, after it has written its orders anew."""
-    from rc_ray.optuna_search import OptunaPerDomain
-
     run = RunFolder(experiment.run_dir)
     work = run.root / "ingredients.work"
     orders = tune._orders_dir(experiment, work)
     for trial in tune._trials_of(experiment, run, "tools", work):
         write_order(orders, trial, trial_config(experiment, run, trial, Path("model")))
-    inputs = {"tools": recipes.ingredient(experiment, "tools").inputs(run)}
-    return OptunaPerDomain(experiment, inputs, work, orders, Path("model"), 1)
+    return tune._optuna(experiment, run, work, ["tools"], Path("model"), 1)
 
 
 def asked(one: Any, *names: str) -> list[dict[str, Any]]:
     return [artifacts.read_json(Path(one.suggest(name)["trial"])) for name in names]
 
 
-def finish(order: dict[str, Any], ndcg: float | None) -> None:
+def finish(order: dict[str, Any], value: float | None, metric: str = "valid_ndcg") -> None:
     artifacts.write_manifest(
         Path(order["folder"]),
         stage="tune",
         config=order["config"],
         seed=order["seed"],
         inputs=order["inputs"],
-        metrics={"valid_ndcg": ndcg},
+        metrics={metric: value},
     )
 
 
@@ -76,6 +74,44 @@ def test_a_new_start_counts_what_has_ended_and_goes_on_with_the_rest(make_run: F
     assert again.suggest("f") == again.FINISHED
     again.on_trial_complete("d", {"valid_ndcg": 0.25, "failed": False})
     assert [value for value, _ in told(again)] == [0.5, 0.25]
+
+
+def test_what_yaml_reads_as_text_is_the_number_that_a_trial_holds(make_run: Factory) -> None:
+    search = "tune.search={learning_rate: {choice: [1e-3, 1e-2, 1e-4]}}"
+    experiment = make_run(search, "tune.num_samples=3", *SETTINGS[2:])
+    assert experiment.tune.search["learning_rate"]["choice"][0] == "1e-3"
+    (done,) = asked(searcher(experiment), "a")
+    finish(done, 0.5)
+    place = [1e-3, 1e-2, 1e-4].index(done["setting"]["learning_rate"])
+    assert told(searcher(experiment)) == [(0.5, {"learning_rate": place})]
+
+
+def test_a_cocktails_study_is_told_what_its_setting_came_to(make_run: Factory) -> None:
+    """The lowest objective is the best; a list of domains is told by its place."""
+    experiment = make_run(
+        "data.ingredients=[tools,lamps]",
+        "data.spirit=[rivers]",
+        "merge.search={neighbours: {choice: [[], [lamps]]}, pull: {uniform: [0.0, 1.0]}}",
+        "merge.num_samples=2",
+        "merge.search_algorithm=optuna",
+        "merge.choose_by=objective",
+    )
+    run = RunFolder(experiment.run_dir)
+    with_adapters(experiment)
+
+    def started() -> Any:
+        return merge_search._optuna(experiment, run, ["tools"], Path("model"))
+
+    (done,) = asked(started(), "a")
+    finish(done, -0.5, "final_objective")
+    again = started()
+    setting = done["setting"]
+    place = [[], ["lamps"]].index(setting["neighbours"])
+    assert told(again) == [(-0.5, {"neighbours": place, "pull": setting["pull"]})]
+    assert again._studies["tools"]._ot_study.direction.name == "MINIMIZE"
+    (new,) = asked(again, "b")
+    assert new["folder"] != done["folder"]
+    assert again.suggest("c") == again.FINISHED
 
 
 def test_a_domain_without_validation_users_gets_all_its_points(make_run: Factory) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from rc_ray import tune_config
+from rc_ray import search_space
 from rc_ray.merge_config import MergeConfig
 from rc_ray.search_space import Distribution, read_space
 from rc_ray.tune_config import TuneConfig
@@ -98,7 +98,7 @@ def test_a_search_that_cannot_be_is_refused_in_one_line(fields: dict[str, Any], 
 
 
 def test_optuna_is_asked_for_by_name_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_config, "find_spec", lambda name: None)
+    monkeypatch.setattr(search_space, "find_spec", lambda name: None)
     with pytest.raises(ValidationError, match=r"install `rc-ray\[sweep\]`"):
         config(
             search={"learning_rate": {"uniform": [0.1, 0.2]}},
