@@ -27,6 +27,7 @@ from rc_ray.artifacts import (
 from rc_ray.core.adapters import load_adapter
 from rc_ray.engines import prepare_process
 from rc_ray.errors import ArtifactError, UserError
+from rc_ray.freed_memory import give_memory_back
 from rc_ray.guard import CONTROLS, GUARD_FILE, Judged, decide, notes_on
 from rc_ray.merge_config import MixConfig
 from rc_ray.mix_making import make_mix
@@ -103,6 +104,7 @@ def _make_missing(opened: OpenDomain) -> dict[str, str]:
         for name, plan in order["mixes"].items():
             try:
                 make_sealed(opened, name, plan, _work_dir(order, name), log)
+                give_memory_back()
             except (UserError, ValueError) as error:  # of settings that do not fit the domain
                 failed[name] = str(error)
             except Exception as error:

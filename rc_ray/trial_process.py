@@ -6,9 +6,6 @@ import, and the driver needs neither.
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 from rc_ray.artifacts import MANIFEST, read_json, write_json
 from rc_ray.errors import UserError
+from rc_ray.freed_memory import give_memory_back
 from rc_ray.sweep_plan import ERROR, STOPPED, is_finished, was_stopped
 
 
@@ -103,19 +101,6 @@ def run_group(config: dict[str, Any]) -> None:
     failed = train_group(orders)
     give_memory_back()
     tune.report({"failed": bool(failed), "num_failed": len(failed)})
-
-
-def give_memory_back() -> None:
-    """Hand to the system what the C library keeps of a trial's freed tensors.
-
-    The process runs trial after trial, and glibc keeps the pages of what was freed: a process that
-    had once ranked long lists would hold their memory through every trial that comes after.
-    """
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
 
 
 def begin(folder: Path) -> None:

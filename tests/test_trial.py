@@ -18,10 +18,11 @@ from rc_ray.config import Experiment
 from rc_ray.core.adapters import load_adapter, save_adapter
 from rc_ray.engines import Learner
 from rc_ray.errors import UserError
+from rc_ray.freed_memory import give_memory_back
 from rc_ray.merge import make_order
 from rc_ray.sweep_choice import choose_trial
 from rc_ray.sweep_plan import ERROR
-from rc_ray.trial_process import give_memory_back, write_error
+from rc_ray.trial_process import write_error
 from tests.conftest import Factory, Screen
 from tests.core.test_model import random_adapter
 
