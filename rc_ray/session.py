@@ -191,7 +191,11 @@ def _start_local(num_cpus: int | None, dashboard: bool, verbose: bool, logging_l
         ConfigError: the machine is too busy for Ray to come up.
     """
     import ray
+    from ray._raylet import Config  # type: ignore[attr-defined]
 
+    # Who has asked Ray anything before, in this process, made it read its settings then: the
+    # driver would know of no token, and the Ray that it starts would want one.
+    Config.initialize("")
     token = Path.home() / ".ray" / "auth_token"
     had_token = token.exists()
     # "local": without it Ray joins whatever cluster this machine last recorded, dead ones included.

@@ -44,10 +44,19 @@ with Progress() as console:
 """
 
 
-def test_nothing_of_ray_reaches_the_terminal(tmp_path: Path) -> None:
+USED_BEFORE = """
+import ray
+from ray._raylet import get_authentication_mode
+
+get_authentication_mode()  # read from the environment once, and kept
+"""
+
+
+@pytest.mark.parametrize("before", ["", USED_BEFORE])
+def test_nothing_of_ray_reaches_the_terminal(tmp_path: Path, before: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        [sys.executable, "-c", before + PROGRAM, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=240,
