@@ -242,7 +242,7 @@ def print_entropy(study: Study) -> None:
         if name not in mixes:
             continue
         curves = [
-            read_curve(study.mix_dir(domain, name) / "entropy.jsonl", "entropy")
+            read_curve(study.folder.mix_dir(domain, name) / "entropy.jsonl", "entropy")
             for domain in study.experiment.data.ingredients
         ]
         ends = [(curve[0][1], curve[-1][1]) for curve in curves if curve]

@@ -60,11 +60,7 @@ class Study:
         return np.concatenate([self.measured[key] for key in keys])
 
     def mixture(self, domain: str, mix: str) -> Mixture:
-        return read_mixture(self.mix_dir(domain, mix))
-
-    def mix_dir(self, domain: str, mix: str) -> Path:
-        cocktail = self.folder.cocktail_dir(domain)
-        return cocktail if mix == "cocktail" else cocktail / mix
+        return read_mixture(self.folder.mix_dir(domain, mix))
 
     def learned(self, domain: str) -> list[str]:
         """Mixes of a domain whose weights were learned by gradient, the cocktail first."""
@@ -73,7 +69,7 @@ class Study:
             name
             for name, mix in made.items()
             if isinstance(mix, LearnedMix)
-            and (self.mix_dir(domain, name) / "weights.json").exists()
+            and (self.folder.mix_dir(domain, name) / "weights.json").exists()
         ]
 
 
