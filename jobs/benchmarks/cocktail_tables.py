@@ -33,10 +33,10 @@ from rc_ray.requests import MAIN
 from rc_ray.score_settings import Floats
 
 sys.path.insert(0, str(Path(__file__).parent))
-from study import Study, read_study
+from study import ONE_CALIBRATION, Study, read_study
 
 NUM_BOOTSTRAP = 5000
-MEASURES = ("NDCG@10", "HR@1")
+MEASURES = ("NDCG@10", ONE_CALIBRATION, "HR@1")
 CONTROLS = (
     "uniform",
     "ingredient",

@@ -24,6 +24,9 @@ from rc_ray.requests import MAIN, list_slices
 from rc_ray.score_settings import Floats, Point, aligned, ranks_in, score_of
 from rc_ray.shards import read_scores
 
+ONE_CALIBRATION = "NDCG@10, all systems under the calibration of equal weights"
+"""What adapters alone differ by: which calibration validation users chose has no part in it."""
+
 Key = tuple[str, str]
 """Domain and system."""
 
@@ -87,7 +90,7 @@ def read_study(path: Path) -> Study:
         for system in llm.systems:
             scores = read_scores(llm, system).by_split
             one = chosen[name][system.system]
-            point: Point = (one["alpha"], one["gamma"], one["prior_in_trie"])
+            point, common = point_of(one), point_of(chosen[name].get("uniform", one))
             for split, cases in llm.cases.items():
                 if not is_test_split(split) or not cases:
                     continue
@@ -96,6 +99,8 @@ def read_study(path: Path) -> Study:
                 key = (name, system.system, split)
                 study.measured[*key, "NDCG@10"] = ndcg(ranks, 10)
                 study.measured[*key, "HR@1"] = hit_rate(ranks, 1)
+                alike = ranks_in(score_of(*parts, common), cases, MAIN)
+                study.measured[*key, ONE_CALIBRATION] = ndcg(alike, 10)
                 if split == "warm":
                     raw = score_of(*parts, (0.0, 0.0, inside))
                     of_raw = ranks_in(raw, cases, MAIN)
@@ -108,6 +113,11 @@ def read_study(path: Path) -> Study:
             for key in [key for key in study.measured if key[:2] == (name, taken)]:
                 study.measured[name, "guarded", *key[2:]] = study.measured[key]
     return study
+
+
+def point_of(chosen: dict[str, float]) -> Point:
+    """A system's entry of `calibration.json` as a point of the grid."""
+    return chosen["alpha"], chosen["gamma"], bool(chosen["prior_in_trie"])
 
 
 def entropy(scores: Floats) -> Floats:

@@ -154,6 +154,8 @@ def test_the_tables_of_a_study_are_those_of_its_evaluation(
         if row["candidates"] == "main"
     }
     for (_, system, split, measure), values in study.measured.items():
+        if measure not in ("NDCG@10", "HR@1"):
+            continue
         assert values.mean() == pytest.approx(results[system, split, measure], abs=1e-9)
         if split == "warm" and measure == "HR@1" and f"{system} (raw)" in results:
             raw = results[f"{system} (raw)", split, measure]
