@@ -130,7 +130,7 @@ def print_gains(study: Study) -> None:
             )
 
 
-def print_prompts(study: Study) -> None:
+def print_prompts(study: Study, measure: str) -> None:
     """The curve over the number of prompts."""
     made = recipes.mixes(study.experiment)
     numbered = sorted(
@@ -140,12 +140,12 @@ def print_prompts(study: Study) -> None:
     )
     if len(numbered) < 2:
         return
-    print("How many prompts are enough (NDCG@10, difference to equal weights):\n")
+    print(f"How many prompts are enough, and the difference to equal weights; {measure}:\n")
     rows = []
     for num, name in numbered:
         cells = [str(num)]
         for domains in study.kinds.values():
-            own, equal = (study.pooled(domains, one, "NDCG@10") for one in (name, "uniform"))
+            own, equal = (study.pooled(domains, one, measure) for one in (name, "uniform"))
             if own is None or equal is None:
                 cells += ["–", "–"]
                 continue
@@ -157,7 +157,7 @@ def print_prompts(study: Study) -> None:
     )
 
 
-def print_seeds(study: Study) -> None:
+def print_seeds(study: Study, measure: str) -> None:
     """Inductive beside transductive, over the seeds of learning the weights."""
     made = recipes.mixes(study.experiment)
     cocktail = made["cocktail"]
@@ -177,14 +177,16 @@ def print_seeds(study: Study) -> None:
     inductive, transductive = seeds_of("other_users"), seeds_of("scored_users")
     if len(inductive) < 2 or not transductive:
         return
-    print("Weights learned on other users or on the scored ones, NDCG@10 by seed:\n")
+    print(f"Weights learned on other users or on the scored ones, by seed; {measure}:\n")
     rows = []
     for kind, domains in study.kinds.items():
         means: list[str] = []
         users = []
         for names in (inductive, transductive):
-            found = [study.pooled(domains, name, "NDCG@10") for name in names]
+            found = [study.pooled(domains, name, measure) for name in names]
             kept = [one for one in found if one is not None]
+            if not kept:
+                return
             values = [float(one.mean()) for one in kept]
             spread = stdev(values) if len(values) > 1 else 0.0
             means.append(" ".join(f"{v:.3f}" for v in values) + f" (SD {spread:.4f})")
@@ -340,8 +342,9 @@ def main() -> None:
     for split in ("warm", "cold"):
         print_systems(study, split)
     print_gains(study)
-    print_prompts(study)
-    print_seeds(study)
+    for measure in ("NDCG@10", ONE_CALIBRATION):
+        print_prompts(study, measure)
+        print_seeds(study, measure)
     print_entropy(study)
     print_weights(study, arguments.svg)
     print_guard(study)
