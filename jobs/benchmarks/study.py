@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rc_ray import recipes
 from rc_ray.artifacts import RunFolder, read_json
 from rc_ray.comparison import is_test_split
 from rc_ray.config import Experiment, load
+from rc_ray.core import objectives
 from rc_ray.core.domains import read_domain
 from rc_ray.core.metrics import hit_rate, ndcg
 from rc_ray.evaluate import plan
@@ -122,6 +124,4 @@ def point_of(chosen: dict[str, float]) -> Point:
 
 def entropy(scores: Floats) -> Floats:
     """(N,) entropy in nats of the softmax over each row of (N, C) scores."""
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return np.asarray(-(np.exp(log_p) * log_p).sum(axis=1))
+    return np.asarray(objectives.entropy(torch.from_numpy(np.asarray(scores)).double()).numpy())
