@@ -330,3 +330,34 @@ def test_fixed_merges_are_held_against_their_formula() -> None:
     assert found["linear", "peft", "cat"] < 1e-6
     for call in ("linear", "ties", "dare_linear", "dare_ties"):
         assert found[call, "peft", call] > 0.9  # of A and B apart
+
+
+@pytest.mark.parametrize(
+    ("calibration", "of_mix", "taken_at_two_errors"),
+    [("each its own", 0.4, "mix"), ("one for all", 0.9, "uniform")],
+)
+def test_a_guard_s_rules_take_what_validation_users_say(
+    calibration: str, of_mix: float, taken_at_two_errors: str
+) -> None:
+    """Two settings of the score, four users drawn in turn, one test user; worked by hand.
+
+    Each its own: the mix takes the second setting (.6), the uniform mix the first (.725). It is
+    ahead by .2, .2, .2 and -.1: .125 with a standard error of .075. One for all: the first, where
+    it is ahead by .3, .3, .3 and 0: .225, again with .075.
+    """
+    trial = load("guard_trial")
+    mix = trial.Measured(np.array([[0.5] * 4, [0.6] * 4]), np.array([[0.9], [0.4]]))
+    controls = {
+        "spirit": trial.Measured(np.array([[0.6] * 4, [0.0] * 4]), np.array([[0.3], [0.8]])),
+        "uniform": trial.Measured(
+            np.array([[0.8, 0.8, 0.8, 0.5], [0.0] * 4]), np.array([[0.7], [0.1]])
+        ),
+    }
+    found = trial.served(mix, controls, np.arange(4), calibration)
+    assert found["always the mix"] == ("mix", of_mix)
+    assert found["always the spirit"] == ("spirit", 0.3)
+    assert "always the ingredient" not in found  # the domain has none
+    assert found["margin 0.1"] == ("uniform", 0.7)
+    assert found["1 standard errors"] == ("uniform", 0.7)
+    assert found["2 standard errors"][0] == taken_at_two_errors
+    assert found["3 standard errors"][0] == "mix"
