@@ -14,7 +14,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## create .venv with every pinned dependency
 
-demo: $(STAMP) ## the whole chain on real data, and two real requests (about 13 minutes on 2 cores)
+demo: $(STAMP) ## the whole chain on real data, and two real requests (7 to 15 minutes on 2 cores)
 	@$(BIN)/rc-ray demo
 
 smoke: $(STAMP) ## the same chain with a handful of users and steps, to see that it runs

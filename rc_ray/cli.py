@@ -36,7 +36,7 @@ from rc_ray.command_line import (
 
 app = typer.Typer(
     name="rc-ray",
-    help="RecCocktail on Ray: a base spirit, ingredients, cocktails, and the proof that they help.",
+    help="RecCocktail on Ray: a base spirit, ingredients, cocktails, and a test of what they give.",
     no_args_is_help=True,
     context_settings={"max_content_width": 100},
     add_completion=False,
@@ -80,7 +80,7 @@ def tune(
     merge: Annotated[
         bool,
         typer.Option(
-            "--merge", help="search the cocktails' settings instead (`merge.search`): verb merge"
+            "--merge", help="run the search of `merge.search` in place of the ingredients"
         ),
     ] = False,
     force: Force = False,
