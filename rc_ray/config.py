@@ -22,7 +22,8 @@ from pydantic import (
 from rc_ray.data_config import DataConfig, Section
 from rc_ray.errors import ConfigError
 from rc_ray.evaluate_config import EvaluateConfig
-from rc_ray.merge_config import FixedMix, LearnedMix, MergeConfig
+from rc_ray.merge_config import MergeConfig
+from rc_ray.mix_config import FixedMix, LearnedMix
 from rc_ray.systems import BASELINES, MIXED, OF_THE_SPIRIT, SERVED, SYSTEMS, System
 from rc_ray.tracking import TrackingConfig
 from rc_ray.training_config import TrainConfig

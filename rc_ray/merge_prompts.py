@@ -8,7 +8,7 @@ from rc_ray.core.domains import Domain, RankingCase, sample
 from rc_ray.core.predictions import UnlabeledPrompt
 from rc_ray.core.pseudo_users import pseudo_users
 from rc_ray.errors import UserError
-from rc_ray.merge_config import LearnedMix, SearchedMix
+from rc_ray.mix_config import LearnedMix, SearchedMix
 
 
 def prompts_for(

@@ -19,8 +19,8 @@ from rc_ray.core.adapters import load_adapter
 from rc_ray.core.weighting import measure_objective
 from rc_ray.engines import prepare_process
 from rc_ray.errors import UserError
-from rc_ray.merge_config import LearnedMix
 from rc_ray.merge_prompts import prompts_for
+from rc_ray.mix_config import LearnedMix
 from rc_ray.mix_making import scored_by
 from rc_ray.mixing import make_sealed
 from rc_ray.open_domain import OpenDomain

@@ -26,10 +26,10 @@ from rc_ray.core.ranking import Ranker
 from rc_ray.core.weight_search import search_weights
 from rc_ray.core.weighting import WeightingStep, learn_weights, num_weighting_steps
 from rc_ray.errors import ArtifactError
-from rc_ray.merge_config import FixedMix, LearnedMix, MixConfig, SearchedMix
 from rc_ray.merge_prompts import (
     prompts_for,
 )
+from rc_ray.mix_config import FixedMix, LearnedMix, MixConfig, SearchedMix
 from rc_ray.open_domain import OpenDomain
 from rc_ray.shards import Stopwatch
 

@@ -29,7 +29,7 @@ from rc_ray.engines import prepare_process
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.freed_memory import give_memory_back
 from rc_ray.guard import CONTROLS, GUARD_FILE, Judged, decide, notes_on
-from rc_ray.merge_config import MixConfig
+from rc_ray.mix_config import MixConfig
 from rc_ray.mix_making import make_mix
 from rc_ray.open_domain import OpenDomain
 from rc_ray.shards import Stopwatch

@@ -20,13 +20,14 @@ from rc_ray.engines import local_model_dir
 from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.guard import Judged
 from rc_ray.guard_scores import judge
-from rc_ray.merge_config import FixedMix, GuardConfig, LearnedMix, MixConfig
+from rc_ray.merge_config import GuardConfig
 from rc_ray.merge_prompts import (
     guard_cases,
     transductive_cases,
     unlabeled_prompts,
     valid_parts,
 )
+from rc_ray.mix_config import FixedMix, LearnedMix, MixConfig
 
 _NUM_CHECK_PROMPTS = 4
 

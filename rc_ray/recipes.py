@@ -15,7 +15,7 @@ from rc_ray import __version__, artifacts
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.curves import shaping_config
-from rc_ray.merge_config import FixedMix, LearnedMix, MixConfig
+from rc_ray.mix_config import FixedMix, LearnedMix, MixConfig
 from rc_ray.systems import System
 from rc_ray.training_config import EXECUTION_FIELDS, TrainingConfig
 

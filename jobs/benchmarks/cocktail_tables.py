@@ -28,7 +28,7 @@ from rc_ray import charts, recipes
 from rc_ray.artifacts import read_json
 from rc_ray.core.bootstrap import holm, paired_bootstrap
 from rc_ray.curves import read_curve
-from rc_ray.merge_config import LearnedMix
+from rc_ray.mix_config import LearnedMix
 from rc_ray.requests import MAIN
 from rc_ray.score_settings import Floats
 

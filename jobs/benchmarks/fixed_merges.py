@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from rc_ray.core.adapters import Adapter, LoraPair
 from rc_ray.core.merging import fixed_weights, merge_fixed
 from rc_ray.core.sparsified import sparsified_updates
-from rc_ray.merge_config import FixedMix
+from rc_ray.mix_config import FixedMix
 
 SEED, RANK, DENSITY = 7, 16, 0.5
 SCALES = (2.0, 1.0)

@@ -74,8 +74,8 @@ from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.weighting import UnlabeledPrompt, learn_weights
 from rc_ray.evaluate_config import EvaluateConfig
-from rc_ray.merge_config import LearnedMix
 from rc_ray.merge_prompts import unlabeled_prompts
+from rc_ray.mix_config import LearnedMix
 from rc_ray.requests import MAIN, flat_candidates
 
 sys.path.insert(0, str(Path(__file__).parent))

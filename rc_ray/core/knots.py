@@ -12,7 +12,7 @@ import torch
 from rc_ray.core.adapters import Adapter, LoraPair
 from rc_ray.core.compression import product_svd
 from rc_ray.core.sparsified import elected_mean, trimmed
-from rc_ray.merge_config import FixedMix
+from rc_ray.mix_config import FixedMix
 
 _NEGLIGIBLE = 1e-8
 """A direction with less than this share of the largest singular value is rounding: dropped."""

@@ -19,7 +19,7 @@ from rc_ray.core.compression import compressed, truncated
 from rc_ray.core.knots import knots
 from rc_ray.core.sparsified import sparsified_updates
 from rc_ray.errors import ArtifactError, ConfigError
-from rc_ray.merge_config import FixedMix
+from rc_ray.mix_config import FixedMix
 
 
 def concatenate(adapters: Sequence[Adapter], weights: Mapping[str, Sequence[float]]) -> Adapter:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rc_ray.merge_config import Granularity
+from rc_ray.mix_config import Granularity
 
 _NEARLY_ALL = 0.99
 """Where a single adapter's sigmoid starts: at 1 itself it would have no slope."""

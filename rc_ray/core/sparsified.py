@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rc_ray.core.adapters import Adapter, LoraPair
-from rc_ray.merge_config import FixedMix
+from rc_ray.mix_config import FixedMix
 
 
 def sparsified_updates(

@@ -23,7 +23,7 @@ from rc_ray.core.parametrisation import Parametrisation
 from rc_ray.core.predictions import PromptBatch, UnlabeledPrompt
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.weighting import WeightingStep
-from rc_ray.merge_config import SearchedMix
+from rc_ray.mix_config import SearchedMix
 
 Floats = npt.NDArray[np.float64]
 

@@ -25,7 +25,7 @@ from rc_ray.core.objectives import Outcome
 from rc_ray.core.parametrisation import Parametrisation
 from rc_ray.core.predictions import CalibratedScore, Predictions, PromptBatch, UnlabeledPrompt
 from rc_ray.core.ranking import Ranker
-from rc_ray.merge_config import LearnedMix, SearchedMix
+from rc_ray.mix_config import LearnedMix, SearchedMix
 
 __all__ = [
     "CalibratedScore",

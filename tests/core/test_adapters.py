@@ -26,7 +26,7 @@ from rc_ray.core.loading import load_language_model
 from rc_ray.core.merging import merge_fixed
 from rc_ray.core.model import AdapterMix
 from rc_ray.errors import ArtifactError
-from rc_ray.merge_config import FixedMix
+from rc_ray.mix_config import FixedMix
 from tests.core.test_model import PROJECTIONS, TOKENS
 from tests.tiny import make_model
 

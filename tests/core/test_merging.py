@@ -23,7 +23,7 @@ from rc_ray.core.merging import (
 )
 from rc_ray.core.sparsified import dropped, elected_mean, sparsified_updates, trimmed
 from rc_ray.errors import ArtifactError, ConfigError
-from rc_ray.merge_config import FixedMix
+from rc_ray.mix_config import FixedMix
 from tests.tiny import make_model
 
 SHAPES = {"model.layers.0.q_proj": (20, 30), "model.layers.1.q_proj": (24, 16)}

@@ -14,7 +14,7 @@ from rc_ray.core.model import AdapterMix
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.weight_search import EvolutionStrategy, search_weights
 from rc_ray.core.weighting import num_weighting_steps
-from rc_ray.merge_config import SearchedMix
+from rc_ray.mix_config import SearchedMix
 from tests.core.small_catalogue import PROMPTS, make_ranker, scaled
 from tests.core.test_model import random_adapter
 

@@ -22,7 +22,7 @@ from rc_ray.core.weighting import (
     measure_objective,
     num_weighting_steps,
 )
-from rc_ray.merge_config import LearnedMix
+from rc_ray.mix_config import LearnedMix
 from tests.core.small_catalogue import PROMPTS, TITLES, make_ranker, scaled
 from tests.core.test_model import random_adapter
 
