@@ -31,14 +31,8 @@ from rc_ray.core.optimizer import (
     restore_optimizer,
 )
 from rc_ray.core.prompts import PromptRenderer
-from rc_ray.core.training import (
-    Engine,
-    StepMetrics,
-    TorchEngine,
-    TrainingModule,
-    TrainingPlan,
-    train_steps,
-)
+from rc_ray.core.training import Engine, StepMetrics, TorchEngine, TrainingModule, train_steps
+from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.core.validation import BestSoFar, HeldOutTitles
 from rc_ray.errors import ArtifactError
 from rc_ray.training_config import DeepSpeedConfig, TrainingConfig

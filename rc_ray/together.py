@@ -21,7 +21,8 @@ from rc_ray.core.lora_bank import LoraBank
 from rc_ray.core.model import LanguageModel
 from rc_ray.core.optimizer import MOMENTS, advance_schedule, moments_of, restore_optimizer
 from rc_ray.core.prompts import PromptRenderer
-from rc_ray.core.training import StepMetrics, TrainingPlan
+from rc_ray.core.training import StepMetrics
+from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.engines import prepare_process
 from rc_ray.sweep_plan import is_finished
 from rc_ray.tracking import Log, tracked_trial

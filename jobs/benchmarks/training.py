@@ -63,7 +63,8 @@ from rc_ray.core.loading import choose_dtype, load_language_model
 from rc_ray.core.model import LanguageModel, with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
-from rc_ray.core.training import TorchEngine, TrainingModule, TrainingPlan, train_steps
+from rc_ray.core.training import TorchEngine, TrainingModule, train_steps
+from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.training_config import TrainingConfig
 

@@ -21,7 +21,8 @@ from rc_ray.core.adapters import Adapter
 from rc_ray.core.batches import Batch
 from rc_ray.core.lora_bank import LoraBank
 from rc_ray.core.model import LanguageModel, decoder_hidden
-from rc_ray.core.training import StepMetrics, TorchEngine, TrainingModule, TrainingPlan
+from rc_ray.core.training import StepMetrics, TorchEngine, TrainingModule
+from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.core.validation import BestSoFar, HeldOutTitles
 
 

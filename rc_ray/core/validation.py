@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rc_ray.core.adapters import Adapter
 from rc_ray.core.batches import Batch, Example, count_targets, pack
-from rc_ray.core.training import TrainingPlan
+from rc_ray.core.training_plan import TrainingPlan
 
 
 class HeldOutTitles:

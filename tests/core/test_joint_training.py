@@ -17,13 +17,8 @@ from rc_ray.core.loading import load_language_model
 from rc_ray.core.lora_bank import LoraBank
 from rc_ray.core.model import LanguageModel, decoder_hidden, with_lora
 from rc_ray.core.prompts import PromptRenderer
-from rc_ray.core.training import (
-    StepMetrics,
-    TorchEngine,
-    TrainingModule,
-    TrainingPlan,
-    train_steps,
-)
+from rc_ray.core.training import StepMetrics, TorchEngine, TrainingModule, train_steps
+from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.core.trie import CatalogueTrie
 from rc_ray.errors import ArtifactError
 from rc_ray.training_config import LoraConfig, TrainingConfig

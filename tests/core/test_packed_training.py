@@ -19,7 +19,8 @@ from rc_ray.core.loading import load_language_model
 from rc_ray.core.model import with_lora
 from rc_ray.core.packed_attention import fits_window, packed_attention
 from rc_ray.core.prompts import PromptRenderer
-from rc_ray.core.training import TrainingModule, TrainingPlan
+from rc_ray.core.training import TrainingModule
+from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.core.trie import CatalogueTrie
 from rc_ray.training_config import TrainingConfig
 from tests.core.test_training import make_domain, make_plan

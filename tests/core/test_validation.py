@@ -15,7 +15,8 @@ from rc_ray.core.domains import Domain, RankingCase, read_domain
 from rc_ray.core.loading import load_language_model
 from rc_ray.core.model import LanguageModel, with_lora
 from rc_ray.core.prompts import PromptRenderer
-from rc_ray.core.training import TrainingModule, TrainingPlan
+from rc_ray.core.training import TrainingModule
+from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.core.validation import BestSoFar, HeldOutTitles
 from rc_ray.curves import summary
 from rc_ray.training_config import TrainingConfig

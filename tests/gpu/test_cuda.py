@@ -13,7 +13,8 @@ from rc_ray.core.loading import choose_dtype, load_language_model
 from rc_ray.core.model import with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
-from rc_ray.core.training import TorchEngine, TrainingModule, TrainingPlan, train_steps
+from rc_ray.core.training import TorchEngine, TrainingModule, train_steps
+from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.training_config import TrainingConfig
 from tests.core.test_training import make_domain
 from tests.tiny import ADJECTIVES, NOUNS, make_model
