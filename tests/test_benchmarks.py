@@ -282,9 +282,10 @@ def test_learners_of_a_cocktail_learn_what_they_say(
     weights = {name: found[name]["weights"] for name in benchmark.JUDGED}
     values = benchmark.judge({**order, "weights": weights})
     assert {len(one["HR@1"]) for one in values.values()} == {5}
-    benchmark.print_costs(found, options.goal_prompts)
-    benchmark.print_quality(values, weights)
-    benchmark.print_goals(found, values, 1)
+    tables = load("merging_tables")
+    tables.print_costs(found, options.goal_prompts)
+    tables.print_quality(values, weights, 7)
+    tables.print_goals(found, values, 1)
     printed = capsys.readouterr().out
     assert "(scaled)" in printed
     assert "ours-same-loss 15 times faster than reference-one" in printed
@@ -296,7 +297,7 @@ def test_the_reference_counts_the_first_five_tokens_of_each_of_five_titles(
     benchmark = load("merging")
     options = benchmark.parser().parse_args([str(with_random_adapters(make_run())), "tools"])
     run = benchmark.read_run({**vars(options), "dtype": "float32", "device": "cpu", "threads": 1})
-    learner = benchmark.Generating(run, "sequence")
+    learner = load("reference_merging").Generating(run.ranker("sequence"), run.adapters)
     (line_end,) = run.lm.tokenizer.encode("\n", add_special_tokens=False)
     (letter,) = run.lm.tokenizer.encode("a", add_special_tokens=False)
     written = [letter] * 6 + [line_end] + [letter, line_end] * 4 + [letter]

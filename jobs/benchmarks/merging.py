@@ -8,12 +8,9 @@ data. Every procedure learns one weight per linear layer and adapter, lambda = s
 w = 0 by Adam, on the histories and candidate lists of the same users, who are never scored, in the
 same order, `--batch-size` prompts a step, one pass over them. The learners:
 
-reference          the procedure of arXiv 2502.08271 and its authors' first code, written anew from
-                   the description: the model writes five titles, greedily, token by token; the
-                   whole prompt, padded on the left to 1,200 tokens, is computed again for each
-                   token; the entropy of the next token over the vocabulary counts for the first
-                   five tokens of every title (the count starts anew at the line's end), at most 60
-                   a prompt; the gradient goes through each of these passes to the lambdas
+reference          the procedure of arXiv 2502.08271 (reference_merging.py): the entropy of the
+                   tokens of five titles that the model writes, the whole prompt, padded on the
+                   left to 1,200 tokens, computed again for each token
 reference-unpadded the same without padding: the same numbers, so that what it learns is what the
                    reference learns, and what of the difference in time is padding alone
 reference-one      the reference with one title instead of five
@@ -22,9 +19,7 @@ ours               our objective (`entropy`): the likelihood of the listed candi
                    over them, from one pass per prompt
 ours-goal          `ours` on `--goal-prompts` prompts, for the goal of a minute
 
-What is made easy for the reference: each token's gradient is taken at once, so that one pass and
-not sixty is held in memory; the output projection sees the last position alone; both sides use the
-same products of the adapters. The gradients are the same as without.
+What is made easy for the reference stands in its file.
 
 --style own writes the prompts of both sides as the run's adapters were trained (`tune.style`). For
 `sequence` and `brief` the reference then goes on writing the history, a title a line, which is what
@@ -57,7 +52,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -65,7 +59,6 @@ from torch import Tensor
 from rc_ray.assets import model_dir
 from rc_ray.comparison import calibrate
 from rc_ray.core.adapters import Adapter, first_adapted_layer, load_adapter
-from rc_ray.core.bootstrap import paired_bootstrap
 from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
 from rc_ray.core.loading import choose_dtype, load_language_model
 from rc_ray.core.metrics import hit_rate, ndcg
@@ -80,6 +73,8 @@ from rc_ray.requests import MAIN, flat_candidates
 
 sys.path.insert(0, str(Path(__file__).parent))
 from memory import Memory
+from merging_tables import print_costs, print_goals, print_quality
+from reference_merging import NUM_TITLES, NUM_TOKENS, Generating, Weights
 
 LEARNERS = (
     "reference",
@@ -89,19 +84,8 @@ LEARNERS = (
     "ours",
     "ours-goal",
 )
-
-
 JUDGED = ("reference-unpadded", "ours-same-loss", "ours")
 SEED = 7
-NUM_TITLES = 5
-NUM_TOKENS = 5
-"""Of each generated title whose entropy counts."""
-MAX_NEW_TOKENS = 60
-QUESTION = "Name the five of these titles that the user chooses next, best first, one a line."
-GOAL_SPEED, GOAL_MEMORY, GOAL_S = 15.0, 1 / 3, 60.0
-
-Weights = dict[str, list[float]]
-Count = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -141,94 +125,6 @@ def read_run(order: Mapping[str, Any]) -> Run:
         with_prior=config["tune"]["prior_in_loss"] and config["tune"]["loss"] == "trie",
         max_titles=config["merge"]["max_titles"],
     )
-
-
-class Generating:
-    """The reference: entropies of the model's own words, the text read anew for each of them."""
-
-    def __init__(
-        self, run: Run, style: str, *, pad_to: int = 0, num_titles: int = NUM_TITLES
-    ) -> None:
-        self._lm, self._style, self._pad_to, self._num_titles = run.lm, style, pad_to, num_titles
-        self._mix = AdapterMix(run.adapters)
-        self._ranker = run.ranker(style)
-        (self._line_end,) = run.lm.tokenizer.encode("\n", add_special_tokens=False)
-
-    def learn(
-        self, prompts: Sequence[UnlabeledPrompt], batch_size: int, learning_rate: float
-    ) -> Iterator[Weights]:
-        """The weights after each step."""
-        w = torch.zeros(
-            len(self._mix.modules),
-            self._mix.num_adapters,
-            device=self._lm.device,
-            requires_grad=True,
-        )
-        optimizer = torch.optim.Adam([w], lr=learning_rate)
-        order = np.random.default_rng(SEED).permutation(len(prompts))
-        for start in range(0, len(order), batch_size):
-            batch = [prompts[int(i)] for i in order[start : start + batch_size]]
-            gradients = [self.gradient(w, self.prompt(prompt)) for prompt in batch]
-            w.grad = torch.stack(gradients).mean(dim=0)
-            optimizer.step()
-            rows = torch.softmax(w.detach(), dim=-1).double().tolist()
-            yield dict(zip(self._mix.modules, rows, strict=True))
-
-    def gradient(self, w: Tensor, prompt: Sequence[int]) -> Tensor:
-        """(L, K) of the mean entropy of the tokens that count, for one prompt."""
-        tokens = list(prompt)
-        padding = max(0, self._pad_to - len(tokens))
-        total, num_entropies = torch.zeros_like(w), 0
-        place = num_titles = 0
-        for _ in range(MAX_NEW_TOKENS):
-            counts = place < NUM_TOKENS
-            with torch.set_grad_enabled(counts):
-                mix = self._mix.with_weights(torch.softmax(w, dim=-1))
-                with self._lm.using(mix):
-                    log_p = torch.log_softmax(self._next_logits(tokens, padding), dim=-1)
-                if counts:
-                    entropy = -(log_p.exp() * log_p).sum()
-                    total += torch.autograd.grad(entropy, w)[0]
-                    num_entropies += 1
-            tokens.append(int(log_p.argmax()))
-            place += 1
-            if tokens[-1] == self._line_end:
-                num_titles, place = num_titles + 1, 0
-            if num_titles == self._num_titles or tokens[-1] == self._lm.tokenizer.eos_token_id:
-                break
-        return total / num_entropies
-
-    def prompt(self, prompt: UnlabeledPrompt) -> list[int]:
-        if self._style != "instruct":
-            return self._ranker.prompt_tokens(prompt.history, prompt.candidates)
-        neutral = self._ranker.renderer.neutralize
-        history = " || ".join(map(neutral, prompt.history[-self._ranker.max_titles :]))
-        titles = [self._ranker.titles[item] for item in prompt.candidates]
-        listed = " || ".join(map(neutral, titles))
-        text = f"A user chose, in this order: {history}\nCandidates: {listed}\n{QUESTION}"
-        tokenizer = self._lm.tokenizer
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        return list(tokenizer.encode(rendered, add_special_tokens=False))
-
-    def _next_logits(self, tokens: Sequence[int], padding: int) -> Tensor:
-        """(V,) in fp32, after a text that is padded on the left."""
-        length = padding + len(tokens)
-        ids = torch.zeros(1, length, dtype=torch.long)
-        ids[0, padding:] = torch.tensor(tokens)
-        mask = (torch.arange(length) >= padding).long()[None]
-        places = (torch.arange(length) - padding).clamp(min=0)[None]
-        device = self._lm.device
-        output = self._lm.model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=places.to(device),
-            use_cache=False,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[0, -1].float()
-        return logits
 
 
 def learn_with_ours(
@@ -289,8 +185,8 @@ def learn(order: Mapping[str, Any]) -> dict[str, Any]:
     if name.startswith("reference"):
         pad_to = 0 if name == "reference-unpadded" else order["pad_to"]
         num_titles = 1 if name == "reference-one" else NUM_TITLES
-        learner = Generating(run, style, pad_to=pad_to, num_titles=num_titles)
-        steps = learner.learn(prompts, order["batch_size"], order["learning_rate"])
+        learner = Generating(run.ranker(style), run.adapters, pad_to=pad_to, num_titles=num_titles)
+        steps = learner.learn(prompts, order["batch_size"], order["learning_rate"], SEED)
     else:
         objective = "vocabulary_entropy" if name == "ours-same-loss" else "entropy"
         steps = learn_with_ours(run, style, prompts, objective, order)
@@ -363,89 +259,6 @@ def in_process(order: Mapping[str, Any]) -> Any:
         return json.loads(target.read_text(encoding="utf-8"))
 
 
-def print_costs(found: Mapping[str, Mapping[str, Any]], goal_prompts: int) -> None:
-    reference = found.get("reference")
-    print(
-        "\n| | prompts | steps | s | clock s | s a prompt | x | tokens read a prompt | peak MB "
-        f"| x | learning MB | x | s for {goal_prompts} prompts |\n|{'---|' * 13}"
-    )
-    for name, one in found.items():
-        num = one["num_prompts"]
-        each = one["seconds"] / num
-        ratios = ["", "", ""]
-        if reference is not None and name != "reference":
-            ratios = [
-                f"{reference['seconds'] / reference['num_prompts'] / each:.1f} faster",
-                f"{one['peak_mb'] / reference['peak_mb']:.2f}",
-                f"{one['learning_mb'] / reference['learning_mb']:.2f}",
-            ]
-        scaled = "" if num == goal_prompts else " (scaled)"
-        print(
-            f"| {name} | {num} | {one['num_steps']} | {one['seconds']:.1f} | {one['clock_s']:.1f} "
-            f"| {each:.2f} | {ratios[0]} | {one['num_tokens'] / num:,.0f} | {one['peak_mb']:.0f} "
-            f"| {ratios[1]} | {one['learning_mb']:.0f} | {ratios[2]} "
-            f"| {each * goal_prompts:.0f}{scaled} |"
-        )
-
-
-def print_quality(
-    values: Mapping[str, Mapping[str, Sequence[float]]], weights: Mapping[str, Weights]
-) -> None:
-    reference = values.get("reference-unpadded")
-    num_users = len(next(iter(values.values()))["HR@1"])
-    print(
-        f"\n{num_users} test users\n\n| | HR@1 | minus the reference's | NDCG@10 | minus the "
-        f"reference's | ingredient's weight, mean and deviation |\n|{'---|' * 6}"
-    )
-    for name, one in values.items():
-        cells = []
-        for metric in ("HR@1", "NDCG@10"):
-            cells.append(f"{np.mean(one[metric]):.3f}")
-            if reference is None or name == "reference-unpadded":
-                cells.append("")
-                continue
-            difference, low, high, _ = paired_bootstrap(one[metric], reference[metric], 2000, SEED)
-            cells.append(f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]")
-        rows = [row[1] for row in weights[name].values()]
-        print(f"| {name} | {' | '.join(cells)} | {np.mean(rows):.3f}, {np.std(rows):.3f} |")
-
-
-def print_goals(
-    found: Mapping[str, Mapping[str, Any]],
-    values: Mapping[str, Mapping[str, Sequence[float]]],
-    threads: int,
-) -> None:
-    def verdict(met: bool) -> str:
-        return "met" if met else "missed"
-
-    print()
-    for one, other in (("ours", "reference"), ("ours-same-loss", "reference-one")):
-        if one not in found or other not in found:
-            continue
-        ours, theirs = found[one], found[other]
-        each = [part["seconds"] / part["num_prompts"] for part in (ours, theirs)]
-        speed = each[1] / each[0]
-        print(
-            f"- {one} {GOAL_SPEED:.0f} times faster than {other}: {verdict(speed >= GOAL_SPEED)}, "
-            f"{speed:.1f}."
-        )
-        for key, what in (("peak_mb", "whole process"), ("learning_mb", "learning alone")):
-            share = ours[key] / theirs[key]
-            print(f"- A third of its memory, {what}: {verdict(share <= GOAL_MEMORY)}, {share:.2f}.")
-    if "ours" in values and "reference-unpadded" in values:
-        hits = [float(np.mean(values[name]["HR@1"])) for name in ("ours", "reference-unpadded")]
-        print(
-            f"- Equal or better HR@1 of ours, point estimate: {verdict(hits[0] >= hits[1])}, "
-            f"{hits[0]:.3f} for {hits[1]:.3f}."
-        )
-    if "ours-goal" in found:
-        one = found["ours-goal"]
-        print(
-            f"- {one['num_prompts']} prompts in under a minute on {threads} threads: "
-            f"{verdict(one['clock_s'] < GOAL_S)}, {one['clock_s']:.1f} s by the clock."
-        )
-
-
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = parser().parse_args(arguments)
     # Once for all: on a busy machine each process might choose otherwise.
@@ -467,7 +280,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         f"{options.style}, {options.batch_size} a step, learning rate {options.learning_rate}"
     )
     print_costs(found, options.goal_prompts)
-    print_quality(values, weights)
+    print_quality(values, weights, SEED)
     print_goals(found, values, options.threads)
     return {"costs": found, "values": values}
 
