@@ -44,9 +44,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +53,6 @@ import torch
 
 from rc_ray.assets import model_dir
 from rc_ray.comparison import calibrate
-from rc_ray.core.batches import Example
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.loading import choose_dtype, load_language_model
@@ -70,6 +66,9 @@ from rc_ray.training_config import TrainingConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 from memory import Memory
+from meter import Meter, product_peak
+from random_model import SHAPES, random_model
+from reference_training import train_with_trainer
 
 CONTESTANTS = (
     "trainer-instruct",
@@ -78,61 +77,10 @@ CONTESTANTS = (
     "ours-sequence",
     "ours-brief",
 )
-
-
-IGNORED = -100
 NEVER = 10**6
 NUM_LISTED = 19
 
 Count = dict[str, float]
-
-
-class Meter:
-    """Counts from the end of the first step on, until the time is over."""
-
-    def __init__(self, limit_s: float, device: torch.device, *, by_clock: bool) -> None:
-        self._limit_s, self._device = limit_s, device
-        self._by_clock = by_clock or device.type == "cuda"
-        self._start: float | None = None
-        self.num_tokens = self.num_titles = self.num_steps = 0
-        self.seconds = 0.0
-
-    def start(self) -> None:
-        """Count the first step too, which warms nothing up that time is short for."""
-        self._start = self._now()
-
-    def step(self, num_tokens: int, num_titles: int) -> bool:
-        """Count a finished step; whether the time is over."""
-        if self._start is None:
-            self.start()
-            return False
-        self.num_tokens += num_tokens
-        self.num_titles += num_titles
-        self.num_steps += 1
-        self.seconds = self._now() - self._start
-        return self.seconds > self._limit_s
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        if self._by_clock:
-            return time.perf_counter()
-        return time.process_time() / torch.get_num_threads()
-
-
-def product_peak(lm: LanguageModel, *, by_clock: bool) -> float:
-    """Floating-point operations per second of a large matrix product, the fastest of several."""
-    size = 8192 if lm.device.type == "cuda" else 1536
-    x, y = (torch.ones(size, size, dtype=lm.dtype, device=lm.device) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        meter = Meter(0.0, lm.device, by_clock=by_clock)
-        meter.start()
-        for _ in range(4):
-            x @ y
-        meter.step(0, 0)
-        best = min(best, meter.seconds)
-    return 4 * 2 * size**3 / best
 
 
 def settings(style: str, arguments: argparse.Namespace) -> TrainingConfig:
@@ -149,11 +97,16 @@ def settings(style: str, arguments: argparse.Namespace) -> TrainingConfig:
     )
 
 
-def train_ours(lm: LanguageModel, domain: Domain, config: TrainingConfig, meter: Meter) -> None:
-    plan = TrainingPlan(
+def training_plan(lm: LanguageModel, domain: Domain, config: TrainingConfig) -> TrainingPlan:
+    """The histories of every step, the same for all contestants of a style."""
+    return TrainingPlan(
         [domain], PromptRenderer(lm.tokenizer, config.style), config, 7, num_listed=NUM_LISTED
     )
-    peft_model = with_lora(lm.model, config.lora, 7)
+
+
+def train_ours(lm: LanguageModel, plan: TrainingPlan, meter: Meter) -> None:
+    config = plan.config
+    peft_model = with_lora(lm.model, config.lora, plan.seed)
     fuse_lora(peft_model)
     module = TrainingModule(peft_model, plan.tries, config).to(lm.device)
     engine = TorchEngine(module, config)
@@ -165,124 +118,13 @@ def train_ours(lm: LanguageModel, domain: Domain, config: TrainingConfig, meter:
             return
 
 
-def train_with_trainer(
-    lm: LanguageModel, domain: Domain, config: TrainingConfig, meter: Meter
-) -> None:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    plan = TrainingPlan(
-        [domain], PromptRenderer(lm.tokenizer, config.style), config, 7, num_listed=NUM_LISTED
-    )
-    titles = plan.title_tokens[domain.name]
-
-    class Texts(torch.utils.data.IterableDataset[dict[str, Any]]):
-        def __iter__(self) -> Iterator[dict[str, Any]]:
-            for step in range(NEVER):
-                for example in plan.examples(step):
-                    yield {"tokens": example.tokens, "labels": labels_of(example, titles)}
-
-    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["tokens"]) for row in rows)
-        batch = {
-            "input_ids": torch.zeros(len(rows), longest, dtype=torch.long),
-            "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
-            "labels": torch.full((len(rows), longest), IGNORED),
-        }
-        for place, row in enumerate(rows):
-            length = len(row["tokens"])
-            batch["input_ids"][place, :length] = torch.tensor(row["tokens"])
-            batch["attention_mask"][place, :length] = 1
-            batch["labels"][place, :length] = torch.tensor(row["labels"])
-        return batch
-
-    class Count(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-            examples = plan.examples(state.global_step - 1)
-            control.should_training_stop = meter.step(
-                sum(len(one.tokens) for one in examples), sum(len(one.titles) for one in examples)
-            )
-            return control
-
-    with tempfile.TemporaryDirectory() as folder:
-        Trainer(
-            model=with_lora(lm.model, config.lora, 7),
-            args=TrainingArguments(
-                output_dir=folder,
-                max_steps=NEVER,
-                per_device_train_batch_size=config.batch_size,
-                learning_rate=config.learning_rate,
-                lr_scheduler_type="constant_with_warmup",
-                warmup_steps=20,
-                weight_decay=0.0,
-                max_grad_norm=config.max_grad_norm,
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=lm.device.type == "cpu",
-                bf16=lm.dtype == torch.bfloat16,
-                seed=7,
-            ),
-            train_dataset=Texts(),
-            data_collator=collate,
-            callbacks=[Count()],
-        ).train()
-
-
-def labels_of(example: Example, titles: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens of supervised titles in their places, elsewhere the label that is left out."""
-    labels = [IGNORED] * len(example.tokens)
-    for item, start in example.titles:
-        for place in range(start, start + len(titles[item])):
-            labels[place] = example.tokens[place]
-    return labels
-
-
-def random_config(name: str, vocab_size: int) -> Any:
-    """The shape of a known model, whose weights are not needed."""
-    from transformers import Qwen2Config
-
-    if name == "tiny":
-        return Qwen2Config(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    return Qwen2Config(
-        vocab_size=152_064,
-        hidden_size=3584,
-        intermediate_size=18_944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        rope_theta=1_000_000.0,
-        tie_word_embeddings=False,
-    )
-
-
 def load_model(arguments: argparse.Namespace) -> LanguageModel:
     device = torch.device(arguments.device)
     folder = model_dir(arguments.model, print)
     dtype = choose_dtype(arguments.dtype, device)
     if arguments.random_config is None:
         return load_language_model(folder, dtype, device)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    torch.manual_seed(7)
-    with device:  # the weights are made where they stay
-        model = AutoModelForCausalLM.from_config(
-            random_config(arguments.random_config, len(tokenizer)),
-            dtype=dtype,
-            attn_implementation="sdpa",
-        )
-    model.requires_grad_(False)
-    return LanguageModel(model=model.eval(), tokenizer=tokenizer)
+    return random_model(arguments.random_config, folder, dtype, device)
 
 
 def build(name: str, arguments: argparse.Namespace) -> tuple[Any, LanguageModel, TrainingConfig]:
@@ -305,7 +147,7 @@ def measure(name: str, arguments: argparse.Namespace) -> Count:
     product = product_peak(lm, by_clock=arguments.by_clock)
     memory = Memory(lm.device)
     meter = Meter(arguments.seconds, lm.device, by_clock=arguments.by_clock)
-    train(lm, domain, config, meter)
+    train(lm, training_plan(lm, domain, config), meter)
     peak = memory.peak()
     rate = meter.num_tokens / meter.seconds
     return {
@@ -328,7 +170,7 @@ def quality(name: str, domain_dir: Path, arguments: argparse.Namespace) -> Count
     domain = read_domain(domain_dir)
     meter = Meter(60 * arguments.quality_minutes, lm.device, by_clock=arguments.by_clock)
     meter.start()
-    train(lm, domain, config, meter)
+    train(lm, training_plan(lm, domain, config), meter)
     lm.model.eval()
     # The main list alone: `instruct` prompts would name the target once for every further list.
     cases = [
@@ -456,7 +298,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("domain_dir", type=Path, nargs="+", help="speed: the first alone")
     made.add_argument("--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     made.add_argument("--model", default="smollm2-135m-instruct", help="name or folder")
-    made.add_argument("--random-config", choices=("tiny", "qwen2-7b"))
+    made.add_argument("--random-config", choices=SHAPES)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     made.add_argument("--threads", type=int, default=1)
