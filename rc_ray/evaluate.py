@@ -19,31 +19,27 @@ import pyarrow.parquet as pq
 from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
 from rc_ray.baseline_scores import BaselineRun, read_baseline
-from rc_ray.compared import chosen_by_guard, left_out, scored_adapters
+from rc_ray.compared import chosen_by_guard, left_out
 from rc_ray.comparison import DomainScores, SystemScores, calibrate, catalogue_ranks
 from rc_ray.config import Experiment
-from rc_ray.core.domains import Domain, RankingCase, read_domain, sample
+from rc_ray.core.domains import Domain, read_domain
 from rc_ray.crew import Crew, EvaluationFailed, crew
+from rc_ray.evaluate_plan import WORK, plan, prune
 from rc_ray.probe_table import probe_table
 from rc_ray.progress import Progress
-from rc_ray.requests import ASKED_PROBES
 from rc_ray.score_settings import Point, shared_points
 from rc_ray.shards import (
-    NUM_SHOWN,
     CatalogueShard,
     DomainRun,
-    SystemRun,
     catalogue_shards,
     read_arrays,
     read_scores,
     shards_of,
 )
-from rc_ray.systems import BASELINES, System
+from rc_ray.systems import System
 from rc_ray.tables import compare
 
 __all__ = ["EvaluationFailed", "run"]
-
-_WORK = "evaluate.work"
 
 
 def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Path:
@@ -78,7 +74,7 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     domains = {name: read_domain(folder.domain_dir(name)) for name in experiment.data.tested}
     plans = [plan(experiment, folder, domain, inputs) for domain in domains.values()]
     if force:
-        shutil.rmtree(folder.root / _WORK, ignore_errors=True)
+        shutil.rmtree(folder.root / WORK, ignore_errors=True)
     for line in left_out(experiment, folder):
         console.note(line)
     with crew(experiment, console) as actors:
@@ -112,123 +108,8 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
                 "last_run_scores_per_s": round(num_scores / seconds, 2),
             },
         )
-    prune(folder.root / _WORK, plans)
+    prune(folder.root / WORK, plans)
     return target
-
-
-def plan(
-    experiment: Experiment, folder: RunFolder, domain: Domain, inputs: dict[str, str]
-) -> tuple[DomainRun, list[BaselineRun]]:
-    """What is to be scored on a domain: by systems that need the LLM, and by baselines.
-
-    A system's folder is named after everything that shapes its scores: a new ingredient makes its
-    own scores and the mixes' stale, not those of the base or the spirit.
-    """
-    settings = experiment.evaluate
-    cases = chosen_cases(experiment, domain)
-    catalogue_cases = chosen_catalogue_cases(experiment, cases)
-    common = {
-        "method": artifacts.METHOD,
-        "domain": inputs[f"data/{domain.name}"],
-        "seed": experiment.split_seed,
-        "cases": {split: [case.user_id for case in found] for split, found in cases.items()},
-    }
-    systems = []
-    for system, adapter_dir in scored_adapters(experiment, folder, domain.name).items():
-        shaping = {
-            **common,
-            "model": experiment.model.model_dump(mode="json"),
-            "style": experiment.tune.style,
-            "max_titles": settings.max_titles,
-            # By content: a mix that is new in the file leaves the scores of the others alone.
-            "adapter": "" if adapter_dir is None else artifacts.adapter_digest(adapter_dir),
-        }
-        # Two systems of one adapter, as a control that the guard chose, have one set of scores.
-        systems.append(
-            SystemRun(
-                system=system,
-                adapter_dir=adapter_dir,
-                folder=folder.root / _WORK / artifacts.digest(shaping)[:16],
-            )
-        )
-    llm = DomainRun(
-        domain=domain.name,
-        domain_dir=folder.domain_dir(domain.name),
-        cases=cases,
-        catalogue_cases=catalogue_cases,
-        systems=systems,
-        style=experiment.tune.style,
-        max_titles=settings.max_titles,
-        tokens_per_batch=settings.tokens_per_batch,
-        seed=experiment.split_seed,
-        num_top=max(NUM_SHOWN, *settings.ks),
-        max_nodes=settings.catalogue_max_nodes,
-    )
-    baselines = []
-    for system in settings.systems:
-        if system not in BASELINES:
-            continue
-        for seed in recipes.baseline_seeds(experiment, system):
-            shaping = {
-                **common,
-                "seed": seed,
-                "system": system,
-                "config": recipes.baseline_config(experiment, system),
-                "ks": settings.ks,
-                "catalogue": [len(found) for found in catalogue_cases.values()],
-            }
-            baselines.append(
-                BaselineRun(
-                    system=system,
-                    domain=domain.name,
-                    domain_dir=folder.domain_dir(domain.name),
-                    cases=cases,
-                    catalogue_cases=catalogue_cases,
-                    settings=settings,
-                    seed=seed,
-                    probe_seed=experiment.split_seed,
-                    num_top=llm.num_top,
-                    folder=folder.root / _WORK / artifacts.digest(shaping)[:16],
-                )
-            )
-    return llm, baselines
-
-
-def prune(work: Path, plans: Sequence[tuple[DomainRun, list[BaselineRun]]]) -> None:
-    """Remove the scores that belong to none of these systems: no evaluation would read them."""
-    used = {system.folder for llm, _ in plans for system in llm.systems}
-    used |= {baseline.folder for _, baselines in plans for baseline in baselines}
-    for path in work.iterdir() if work.exists() else ():
-        if path not in used:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def chosen_cases(experiment: Experiment, domain: Domain) -> dict[str, Sequence[RankingCase]]:
-    """Cases that are ranked, by split and by probe; never those of unlabeled users."""
-    settings, seed = experiment.evaluate, experiment.split_seed
-    cases: dict[str, Sequence[RankingCase]] = {
-        "valid": sample(domain.cases("valid", "warm"), settings.num_valid_users, seed)
-    }
-    for split in ("warm", "cold", "cold_user", "few_shot"):
-        cases[split] = sample(domain.cases("test", split), settings.num_test_users, seed)
-    for probe in settings.probes:
-        if probe in ASKED_PROBES:
-            cases[probe] = sample(cases["warm"], settings.num_probe_users, seed)
-    return cases
-
-
-def chosen_catalogue_cases(
-    experiment: Experiment, cases: dict[str, Sequence[RankingCase]]
-) -> dict[str, Sequence[RankingCase]]:
-    """Those of the test cases for whom the whole catalogue is ranked, by split."""
-    num = experiment.evaluate.num_catalogue_users
-    if num == 0:
-        return {}
-    return {
-        split: sample(cases[split], num, experiment.split_seed)
-        for split in ("warm", "cold", "cold_user", "few_shot")
-        if cases[split]
-    }
 
 
 def score_lists(plans: Sequence[tuple[DomainRun, list[BaselineRun]]], actors: Crew) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rc_ray import artifacts, crew, evaluate, recipes, session, shards
+from rc_ray import artifacts, crew, evaluate_plan, recipes, session, shards
 from rc_ray.artifacts import RunFolder
 from rc_ray.core.adapters import save_adapter
 from rc_ray.core.domains import RankingCase, read_domain
@@ -179,7 +179,7 @@ def test_scores_that_no_system_uses_are_pruned(tmp_path: Path) -> None:
     for path in (run.systems[0].folder, tmp_path / "scores_of_old"):
         path.mkdir()
     (tmp_path / "scores_of_old" / "warm-0000000.npy").write_text("")
-    evaluate.prune(tmp_path, [(run, [])])
+    evaluate_plan.prune(tmp_path, [(run, [])])
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
 
@@ -198,7 +198,7 @@ def test_a_new_method_scores_anew(make_run: Factory, monkeypatch: pytest.MonkeyP
     inputs = recipes.evaluation(experiment).inputs(run)
 
     def folder() -> Path:
-        return evaluate.plan(experiment, run, domain, inputs)[0].systems[0].folder
+        return evaluate_plan.plan(experiment, run, domain, inputs)[0].systems[0].folder
 
     before = folder()
     monkeypatch.setattr(artifacts, "METHOD", artifacts.METHOD + 1)

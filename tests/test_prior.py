@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from rc_ray import evaluate, prepare, recipes
+from rc_ray import evaluate_plan, prepare, recipes
 from rc_ray.artifacts import RunFolder, read_json
 from rc_ray.cli import app
 from rc_ray.config import Experiment, load
@@ -103,7 +103,7 @@ def test_nothing_but_serving_knows_of_it(experiment: Experiment, tmp_path: Path)
     def seen() -> tuple[Any, ...]:
         domain = read_domain(run.domain_dir("tools"))
         recipe = recipes.evaluation(alone)
-        llm, _ = evaluate.plan(alone, run, domain, recipe.inputs(run))
+        llm, _ = evaluate_plan.plan(alone, run, domain, recipe.inputs(run))
         return (
             digests(run.root / "data"),
             recipe,

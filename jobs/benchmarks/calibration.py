@@ -27,8 +27,8 @@ from rc_ray.config import Experiment, load
 from rc_ray.core.bootstrap import paired_bootstrap
 from rc_ray.core.domains import RankingCase, read_domain
 from rc_ray.core.metrics import hit_rate, ndcg
-from rc_ray.evaluate import plan
 from rc_ray.evaluate_config import EvaluateConfig
+from rc_ray.evaluate_plan import plan
 from rc_ray.requests import MAIN
 from rc_ray.score_settings import (
     Cases,

@@ -19,7 +19,7 @@ from rc_ray.config import Experiment, load
 from rc_ray.core import objectives
 from rc_ray.core.domains import read_domain
 from rc_ray.core.metrics import hit_rate, ndcg
-from rc_ray.evaluate import plan
+from rc_ray.evaluate_plan import plan
 from rc_ray.mix_config import LearnedMix
 from rc_ray.mixtures import Mixture, read_mixture
 from rc_ray.requests import MAIN, list_slices
