@@ -21,7 +21,7 @@ from rc_ray.checkpoints import TrainingState, check_model, model_shape, read_sta
 from rc_ray.core.adapters import Adapter, adapter_of, copied, lora_layers, lora_matrices
 from rc_ray.core.domains import Domain
 from rc_ray.core.fused_lora import fuse_lora
-from rc_ray.core.model import LanguageModel, with_lora
+from rc_ray.core.model import LanguageModel
 from rc_ray.core.optimizer import (
     MOMENTS,
     advance_schedule,
@@ -31,6 +31,7 @@ from rc_ray.core.optimizer import (
     restore_optimizer,
 )
 from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.trainable_lora import with_lora
 from rc_ray.core.training import Engine, StepMetrics, TorchEngine, TrainingModule, train_steps
 from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.core.validation import BestSoFar, HeldOutTitles

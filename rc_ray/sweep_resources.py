@@ -40,7 +40,7 @@ def check_request(config: TuneConfig, model: Path) -> None:
     ]
     if unsure:  # only then: PyTorch takes seconds to import
         from rc_ray.core.loading import model_without_weights
-        from rc_ray.core.model import lora_targets
+        from rc_ray.core.trainable_lora import lora_targets
 
         layers = model_without_weights(model)
         try:

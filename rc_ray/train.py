@@ -126,7 +126,7 @@ def _checked_model(experiment: Experiment, console: Progress) -> Path:
     """The base model's folder, fetched here once; a LoRA that does not fit it is refused."""
     from rc_ray.assets import model_dir
     from rc_ray.core.loading import model_without_weights
-    from rc_ray.core.model import lora_targets
+    from rc_ray.core.trainable_lora import lora_targets
 
     folder = model_dir(experiment.model.path, console.note)
     try:

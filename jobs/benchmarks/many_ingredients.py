@@ -46,8 +46,9 @@ from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.joint_training import JointTraining, make_member
 from rc_ray.core.loading import load_language_model
 from rc_ray.core.lora_bank import LoraBank
-from rc_ray.core.model import LanguageModel, with_lora
+from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.trainable_lora import with_lora
 from rc_ray.core.training import TorchEngine, TrainingModule, train_steps
 from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.training_config import TrainingConfig

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from rc_ray.core.batches import Example
-from rc_ray.core.model import LanguageModel, with_lora
+from rc_ray.core.model import LanguageModel
+from rc_ray.core.trainable_lora import with_lora
 from rc_ray.core.training_plan import TrainingPlan
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -56,9 +56,10 @@ from rc_ray.comparison import calibrate
 from rc_ray.core.domains import Domain, read_domain, sample
 from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.loading import choose_dtype, load_language_model
-from rc_ray.core.model import LanguageModel, with_lora
+from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
+from rc_ray.core.trainable_lora import with_lora
 from rc_ray.core.training import TorchEngine, TrainingModule, train_steps
 from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.evaluate_config import EvaluateConfig

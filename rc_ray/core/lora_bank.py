@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rc_ray.core.adapters import Adapter, LoraPair, adapter_of
 from rc_ray.core.fused_lora import lora_linear
-from rc_ray.core.model import with_lora
+from rc_ray.core.trainable_lora import with_lora
 from rc_ray.errors import ArtifactError
 from rc_ray.training_config import LoraConfig
 

@@ -15,8 +15,9 @@ from rc_ray.core.domains import Domain
 from rc_ray.core.joint_training import JointTraining, Part, make_member, passes
 from rc_ray.core.loading import load_language_model
 from rc_ray.core.lora_bank import LoraBank
-from rc_ray.core.model import LanguageModel, decoder_hidden, with_lora
+from rc_ray.core.model import LanguageModel, decoder_hidden
 from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.trainable_lora import with_lora
 from rc_ray.core.training import StepMetrics, TorchEngine, TrainingModule, train_steps
 from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.core.trie import CatalogueTrie

@@ -16,9 +16,9 @@ from transformers import MistralConfig, MistralForCausalLM
 from rc_ray.core.batches import Example, pack
 from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.loading import load_language_model
-from rc_ray.core.model import with_lora
 from rc_ray.core.packed_attention import fits_window, packed_attention
 from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.trainable_lora import with_lora
 from rc_ray.core.training import TrainingModule
 from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.core.trie import CatalogueTrie

@@ -13,8 +13,9 @@ import torch
 from rc_ray.core.batches import Batch, Example, pack
 from rc_ray.core.domains import Domain
 from rc_ray.core.loading import load_language_model
-from rc_ray.core.model import LanguageModel, with_lora
+from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.trainable_lora import with_lora
 from rc_ray.core.training import TorchEngine, TrainingModule, train_steps
 from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.training_config import LoraConfig, TrainingConfig

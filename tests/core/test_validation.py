@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from rc_ray.config import Experiment
 from rc_ray.core.domains import Domain, RankingCase, read_domain
 from rc_ray.core.loading import load_language_model
-from rc_ray.core.model import LanguageModel, with_lora
+from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
+from rc_ray.core.trainable_lora import with_lora
 from rc_ray.core.training import TrainingModule
 from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.core.validation import BestSoFar, HeldOutTitles

@@ -10,9 +10,9 @@ import torch
 
 from rc_ray.core.fused_lora import fuse_lora
 from rc_ray.core.loading import choose_dtype, load_language_model
-from rc_ray.core.model import with_lora
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Ranker
+from rc_ray.core.trainable_lora import with_lora
 from rc_ray.core.training import TorchEngine, TrainingModule, train_steps
 from rc_ray.core.training_plan import TrainingPlan
 from rc_ray.training_config import TrainingConfig
