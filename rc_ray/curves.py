@@ -39,6 +39,8 @@ def shaping_config(
         shaping["data"] = {"num_negatives": experiment.data.num_negatives}
     if own_share is not None:
         shaping["own_share"] = str(own_share)
+        if training.valid_every is not None:
+            shaping["validated_on"] = "first domain"
     return shaping
 
 

@@ -105,7 +105,7 @@ class TrainingPlan:
             for name, titles in self.title_tokens.items()
         }
         """By domain, the tokens of each title as a history shows it."""
-        self._own_share = own_share
+        self.own_share = own_share
         if own_share is None:
             self._pools = [_Pool(domains, (seed, 0))]
         else:
@@ -152,11 +152,11 @@ class TrainingPlan:
 
     def _drawn(self, number: int) -> tuple[str, Sequence[int]]:
         """Domain and history of the example with this number, counted from the first step on."""
-        if self._own_share is None:
+        if self.own_share is None:
             return self._pools[0].drawn(number)
         # Spread evenly: of the first n examples, floor(n * share) are the first domain's.
-        num_own = math.floor(number * self._own_share)
-        if math.floor((number + 1) * self._own_share) > num_own:
+        num_own = math.floor(number * self.own_share)
+        if math.floor((number + 1) * self.own_share) > num_own:
             return self._pools[0].drawn(num_own)
         return self._pools[1].drawn(number - num_own)
 

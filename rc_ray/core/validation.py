@@ -22,17 +22,21 @@ from rc_ray.core.training_plan import TrainingPlan
 class HeldOutTitles:
     """Validation users of a plan's domains, each with one next title to be told.
 
+    Where the plan has an `own_share`, those of its first domain: the adapter is for that one, and
+    in a sample of all users a small domain has no say.
+
     Args:
         plan: gives the domains, the form of the examples, their length limits and the seed.
-        num_histories: at most so many users, a seeded sample over all domains.
+        num_histories: at most so many users, a seeded sample.
     """
 
     def __init__(self, plan: TrainingPlan, num_histories: int) -> None:
         self.plan = plan
+        names = list(plan.domains)
         pool = [
             (name, place)
-            for name, domain in plan.domains.items()
-            for place in range(len(domain.cases("valid", "warm", "scored")))
+            for name in (names if plan.own_share is None else names[:1])
+            for place in range(len(plan.domains[name].cases("valid", "warm", "scored")))
         ]
         if num_histories < len(pool):
             rng = np.random.default_rng((plan.seed, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,29 @@ def test_a_real_domain_gives_its_validation_users(make_run) -> None:
     plan = TrainingPlan([domain], renderer, TrainingConfig(), seed=1, num_listed=3)
     cases = domain.cases("valid", "warm", "scored")
     assert len(HeldOutTitles(plan, 10_000)) == len(cases) > 10
+
+
+@pytest.mark.parametrize(
+    ("own_share", "names"), [(None, {"tools", "lamps"}), (Fraction(1, 2), {"tools"})]
+)
+def test_a_domain_with_a_share_of_its_own_is_validated_alone(
+    lm: LanguageModel, own_share: Fraction | None, names: set[str]
+) -> None:
+    """Five users of `tools` among forty: a joint sample would hardly know them."""
+    own = domain_with_cases()
+    kinds = {**own.cases_by_kind, ("valid", "warm", "scored"): CASES * 7}
+    other = replace(own, name="lamps", cases_by_kind=kinds)
+    plan = TrainingPlan(
+        [own, other],
+        PromptRenderer(lm.tokenizer),
+        TrainingConfig(),
+        seed=5,
+        num_listed=3,
+        own_share=own_share,
+    )
+    held = HeldOutTitles(plan, 20)
+    assert {example.catalogue for example in held.examples} == names
+    assert len(held) == (20 if own_share is None else 5)
 
 
 def test_patience() -> None:
