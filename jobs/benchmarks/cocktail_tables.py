@@ -39,6 +39,7 @@ NUM_BOOTSTRAP = 5000
 MEASURES = ("NDCG@10", ONE_CALIBRATION, "HR@1")
 CONTROLS = (
     "uniform",
+    "base",
     "ingredient",
     "spirit",
     "joint",
@@ -58,6 +59,8 @@ CONTROLS = (
     "guarded",
 )
 """What the cocktail is compared with, where the run has it."""
+UNMIXED = ("base", "spirit", "ingredient", "joint")
+"""What equal weights are compared with."""
 NUM_GROUPS = 4
 """Parts of the users by the entropy of their lists."""
 
@@ -106,21 +109,21 @@ def print_systems(study: Study, split: str) -> None:
     print_table(["system", *(f"{d} ({num_users[d]})" for d in domains), "mean"], rows)
 
 
-def print_gains(study: Study) -> None:
-    """What the cocktail has over each control."""
+def print_gains(study: Study, system: str, controls: Sequence[str]) -> None:
+    """What a system has over each control."""
     for kind, domains in study.kinds.items():
         for measure in MEASURES:
-            own = study.pooled(domains, "cocktail", measure)
+            own = study.pooled(domains, system, measure)
             if own is None:
                 continue
             found = []
-            for control in CONTROLS:
+            for control in controls:
                 other = study.pooled(domains, control, measure)
                 if other is not None:
                     found.append((control, *paired_bootstrap(own, other, NUM_BOOTSTRAP, 0)))
             adjusted = holm([row[-1] for row in found])
             told = f"{kind} ({', '.join(domains)}; {len(own)} users)"
-            print(f"Cocktail minus control, {measure}, {told}:\n")
+            print(f"{system} minus control, {measure}, {told}:\n")
             print_table(
                 ["control", "difference", "95 % interval", "p after Holm"],
                 (
@@ -341,7 +344,8 @@ def main() -> None:
     study = read_study(arguments.config)
     for split in ("warm", "cold"):
         print_systems(study, split)
-    print_gains(study)
+    print_gains(study, "cocktail", CONTROLS)
+    print_gains(study, "uniform", UNMIXED)
     for measure in ("NDCG@10", ONE_CALIBRATION):
         print_prompts(study, measure)
         print_seeds(study, measure)
