@@ -213,10 +213,14 @@ def rank(
     """Answer one request on this machine, without Ray, as the service would."""
     with plain_errors(verbose):
         from rc_ray.config import load
+        from rc_ray.serve.calibration import open_calibration
         from rc_ray.serve.scoring import rank_offline
 
         loaded = load(experiment, tuple(overrides or ()))
         answer = rank_offline(loaded, domain, history or [], candidates, k)
+        calibration = open_calibration(loaded, domain)
+        if calibration.is_left:
+            typer.echo(calibration.why, err=True)
         if json:
             typer.echo(answer.model_dump_json(indent=2))
             return
@@ -231,6 +235,7 @@ def show(experiment: ExperimentFile, overrides: Overrides = None, verbose: Verbo
     """Print the resolved experiment and which stages are finished, stale or missing."""
     with plain_errors(verbose):
         from rc_ray.config import load
+        from rc_ray.serve.calibration import told_by_calibrations
         from rc_ray.status import dump, read_status, told_by_merges
 
         loaded = load(experiment, tuple(overrides or ()))
@@ -238,7 +243,7 @@ def show(experiment: ExperimentFile, overrides: Overrides = None, verbose: Verbo
         typer.echo(f"# {loaded.run_dir}")
         for status in read_status(loaded):
             typer.echo(f"# {status.stage:9} {status.state:9} {status.detail}".rstrip())
-        for line in told_by_merges(loaded):
+        for line in (*told_by_merges(loaded), *told_by_calibrations(loaded)):
             typer.echo(f"# {line}")
 
 

@@ -161,8 +161,8 @@ def shown_system(
     serving = experiment.serve.model_copy(update={"system": name, "guard": False})
     served = open_calibration(experiment.model_copy(update={"serve": serving}), domain)
     calibration = Calibration(served.alpha, served.gamma, served.prior_in_trie)
-    who = "the experiment file" if served.chosen_by == "fixed" else "evaluate"
-    return ShownSystem(name, folder, calibration, who if served.measured else "")
+    names = {"experiment": "the experiment file", "evaluate": "evaluate", "guard": "the guard"}
+    return ShownSystem(name, folder, calibration, names.get(served.source, ""))
 
 
 def _rank(order: SampleOrder, console: Progress) -> list[SampleUser]:

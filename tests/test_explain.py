@@ -28,7 +28,7 @@ from rc_ray.sample_users import (
 )
 from rc_ray.serve.scoring import open_language_model, rank_offline
 from rc_ray.shards import Calibration
-from tests.serve.fake_run import make_run
+from tests.serve.fake_run import make_run, seal_evaluation
 from tests.test_report import NASTY, Outline, make_experiment
 
 MODULES = [
@@ -276,6 +276,7 @@ def test_rankings_are_those_of_the_service(served: Experiment) -> None:
     """
     run = RunFolder(served.run_dir)
     write_cocktail(run.cocktail_dir("tools"), ("spirit", "rivers"), TWO)
+    seal_evaluation(run, "cocktails/tools")
     domain = read_domain(run.domain_dir("tools"))
     cases = domain.cases("valid", "warm")
     folders = {"spirit": run.spirit_dir, "cocktail": run.cocktail_dir("tools")}

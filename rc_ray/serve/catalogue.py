@@ -97,6 +97,7 @@ class DomainCatalogue:
         guard: str | None = None,
         chosen_by: str = "default",
         scope: str = "domain",
+        calibration: str = "",
     ) -> DomainInfo:
         """The domain as `GET /v1/domains` shows it."""
         return DomainInfo(
@@ -110,6 +111,7 @@ class DomainCatalogue:
             calibrated=calibrated,
             chosen_by=chosen_by,
             scope=scope,
+            calibration=calibration,
             prior_since=self.prior_since,
             examples=[
                 ItemExample(item_id=self.item_ids[index], title=self.titles[index])

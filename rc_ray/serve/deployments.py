@@ -34,6 +34,7 @@ from rc_ray.config import Experiment, ServeConfig, load
 from rc_ray.errors import ConfigError
 from rc_ray.progress import Progress
 from rc_ray.serve.api import API_KEYS_VARIABLE, api_key_digests, make_api
+from rc_ray.serve.calibration import told_by_calibrations
 from rc_ray.serve.catalogue import Query
 from rc_ray.serve.schemas import RankResponse, RequestError
 from rc_ray.serve.scoring import (
@@ -184,6 +185,8 @@ def deploy(experiment: Experiment, console: Progress, *, blocking: bool) -> str:
     for domain in served_domains(experiment):
         open_catalogue(experiment, domain)
         check_adapter_files(experiment, domain)
+    for line in told_by_calibrations(experiment):
+        console.note(line)
     model_dir(experiment.model.path, console.note)  # unpacked here, with a word, not in a replica
     require_resources(
         "`serve.min_replicas` and `serve.cpus_per_replica`/`serve.gpus_per_replica`",

@@ -91,6 +91,9 @@ class DomainInfo(Message):
     """`clicks` of validation users, their lists alone (`unlabeled`), `fixed`, or `default`."""
     scope: str
     """`domain`, or `global`: one setting for all domains."""
+    calibration: str
+    """Where these settings come from, and why from there, in words: those of `evaluate` are taken
+    only where they were chosen for the adapter that is served."""
     prior_since: str | None
     """When the popularity was last counted from a newer log, in UTC; null: training clicks."""
     examples: list[ItemExample]

@@ -37,7 +37,7 @@ from rc_ray.serve.schemas import (
     RequestError,
     explain,
 )
-from rc_ray.serve.served import guard_of, served_domains, served_system
+from rc_ray.serve.served import guard_of, served_domains, served_system, stage_of
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,9 @@ def check_adapter_files(experiment: Experiment, domain: str) -> Path:
         ArtifactError: the stage has not finished, or a file changed since.
     """
     run, system = RunFolder(experiment.run_dir), served_system(experiment, domain)
-    stages = {
-        "spirit": (run.spirit_dir, "train", "."),
-        "ingredient": (run.ingredient_dir(domain), "tune", "."),
-    }
-    stage, verb, inner = stages.get(system, (run.cocktail_dir(domain), "merge", mix_place(system)))
+    stage = stage_of(run, system, domain)
+    verb = {"spirit": "train", "ingredient": "tune"}.get(system, "merge")
+    inner = mix_place(system) if verb == "merge" else "."
     if not (stage / MANIFEST).exists():
         raise ArtifactError(f"{stage}: no {system} to serve; run `rc-ray {verb}` first")
     outputs = read_json(stage / MANIFEST).get("outputs", {})
@@ -116,6 +114,7 @@ def describe(experiment: Experiment, catalogue: DomainCatalogue) -> DomainInfo:
         calibrated=calibration.measured,
         chosen_by=calibration.chosen_by,
         scope=calibration.scope,
+        calibration=calibration.why,
     )
 
 

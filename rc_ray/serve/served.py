@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.guard import Verdict, read_guard
@@ -33,3 +35,9 @@ def guard_of(experiment: Experiment, domain: str) -> Verdict | None:
     if experiment.serve.system != "cocktail" or not experiment.serve.guard:
         return None
     return read_guard(RunFolder(experiment.run_dir).cocktail_dir(domain))
+
+
+def stage_of(run: RunFolder, system: str, domain: str) -> Path:
+    """The stage folder that holds what is served, whose manifest tells one making from another."""
+    own = {"spirit": run.spirit_dir, "ingredient": run.ingredient_dir(domain)}
+    return own.get(system, run.cocktail_dir(domain))

@@ -205,12 +205,13 @@ def test_a_cocktail_that_loses_is_not_served(experiment: Experiment) -> None:
     as_learned = experiment.serve.model_copy(update={"guard": False})
     plain = experiment.model_copy(update={"serve": as_learned})
     assert served_system(plain, "books") == "cocktail"
-    (run.cocktail_dir("books") / "guard.json").rename(run.root / "guard.json")
-    assert open_calibration(plain, "books").measured  # by the evaluation; no guard is asked
-    (run.root / "guard.json").rename(run.cocktail_dir("books") / "guard.json")
+    # The evaluation's was chosen for the cocktail that was there before.
+    found = open_calibration(plain, "books")
+    assert (found.source, found.is_left) == ("guard", True)
+    assert found.alpha == verdict.systems["cocktail"]["alpha"]
     (run.evaluate_dir / "calibration.json").unlink()
     calibration = open_calibration(experiment, "books")
-    assert calibration.measured
+    assert (calibration.source, calibration.is_left) == ("guard", False)
     assert calibration.alpha == verdict.systems[verdict.chosen]["alpha"]
 
 

@@ -9,7 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from rc_ray.artifacts import RunFolder, write_json, write_manifest
+from rc_ray.artifacts import (
+    MANIFEST,
+    RunFolder,
+    manifest_digest,
+    read_json,
+    write_json,
+    write_manifest,
+)
 from rc_ray.config import Experiment, load
 from rc_ray.core.adapters import Adapter, LoraPair, save_adapter
 from rc_ray.core.loading import load_language_model
@@ -38,7 +45,27 @@ def make_run(folder: Path, **serve: object) -> Experiment:
             }
         },
     )
+    seal_evaluation(run, "cocktails/tools")
     return experiment
+
+
+def seal_evaluation(run: RunFolder, *places: str) -> None:
+    """As if `evaluate` had read these stage folders as they are now."""
+    inputs = {place: manifest_digest(run.root / place) for place in places}
+    (run.evaluate_dir / MANIFEST).unlink(missing_ok=True)
+    write_manifest(run.evaluate_dir, stage="evaluate", config={}, seed=0, inputs=inputs, metrics={})
+
+
+def seal_anew(run: RunFolder, place: str, *reads: str) -> None:
+    """As if the stage had run again and had read these stage folders as they are now."""
+    folder = run.root / place
+    seconds = 1.0
+    if (folder / MANIFEST).exists():
+        seconds += read_json(folder / MANIFEST)["metrics"].get("seconds", 0.0)
+        (folder / MANIFEST).unlink()
+    inputs = {name: manifest_digest(run.root / name) for name in reads}
+    metrics = {"seconds": seconds}
+    write_manifest(folder, stage="any", config={}, seed=0, inputs=inputs, metrics=metrics)
 
 
 def _prepare(folder: Path, domain: str, seed: int) -> None:

@@ -27,7 +27,12 @@ async def rank(query: Query) -> RankResponse:
 
 def make_client(keys: str = "", host: str = "127.0.0.1") -> TestClient:
     info = CATALOGUE.describe(
-        system="cocktail", alpha=1.0, gamma=0.5, prior_in_trie=True, calibrated=False
+        system="cocktail",
+        alpha=1.0,
+        gamma=0.5,
+        prior_in_trie=True,
+        calibrated=False,
+        calibration="It is so.",
     )
     app = make_api(
         catalogues={"films": CATALOGUE},
@@ -138,6 +143,7 @@ def test_domains_health_interface_and_console(client: TestClient) -> None:
     domain = client.get("/v1/domains").json()["domains"][0]
     assert (domain["name"], domain["num_items"], domain["system"]) == ("films", 2, "cocktail")
     assert (domain["alpha"], domain["gamma"], domain["calibrated"]) == (1.0, 0.5, False)
+    assert domain["calibration"] == "It is so."
     assert [example["item_id"] for example in domain["examples"]] == ["2", "1"]
     assert client.get("/healthz").json() == {"status": "ok", "domains": ["films"]}
     assert set(client.get("/openapi.json").json()["paths"]) == {

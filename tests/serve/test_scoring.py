@@ -31,6 +31,7 @@ from rc_ray.serve.scoring import (
     open_language_model,
     rank_offline,
 )
+from tests.serve.fake_run import seal_anew, seal_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,8 @@ def test_where_the_guard_refused_the_cocktail_its_choice_is_served(
     guarded = copied(experiment, tmp_path)
     run = RunFolder(guarded.run_dir)
     shutil.copytree(run.cocktail_dir("rivers"), run.ingredient_dir("tools"))
+    seal_anew(run, "cocktails/tools", "ingredients/tools")
+    seal_evaluation(run, "cocktails/tools")
     own = {"ndcg": 0.6, "hr1": 0.5, "alpha": 1.0, "gamma": 2.0, "prior_in_trie": False}
     verdict = {
         "chosen": "ingredient",
