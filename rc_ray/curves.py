@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rc_ray.artifacts import write_text
+from rc_ray.base_content import known_base
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError
 from rc_ray.progress import JsonlTail
@@ -33,7 +34,7 @@ def shaping_config(
         fields -= {"valid_every", "num_valid_histories", "patience"}
     shaping: dict[str, Any] = {
         "training": training.model_dump(mode="json", include=fields),
-        "model": experiment.model.model_dump(mode="json"),
+        "model": known_base(experiment.model),
     }
     if training.style == "instruct":  # its prompts list candidates
         shaping["data"] = {"num_negatives": experiment.data.num_negatives}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rc_ray import artifacts, recipes
 from rc_ray.artifacts import RunFolder
+from rc_ray.base_content import known_base
 from rc_ray.baseline_scores import BaselineRun
 from rc_ray.compared import scored_adapters
 from rc_ray.config import Experiment
@@ -41,7 +42,7 @@ def plan(
     for system, adapter_dir in scored_adapters(experiment, folder, domain.name).items():
         shaping = {
             **common,
-            "model": experiment.model.model_dump(mode="json"),
+            "model": known_base(experiment.model),
             "style": experiment.tune.style,
             "max_titles": settings.max_titles,
             # By content: a mix that is new in the file leaves the scores of the others alone.

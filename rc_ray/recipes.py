@@ -13,6 +13,7 @@ from typing import Any
 
 from rc_ray import __version__, artifacts
 from rc_ray.artifacts import RunFolder
+from rc_ray.base_content import known_base
 from rc_ray.config import Experiment
 from rc_ray.curves import shaping_config
 from rc_ray.mix_config import FixedMix, LearnedMix, MixConfig
@@ -237,7 +238,7 @@ def form(experiment: Experiment) -> dict[str, Any]:
     return {
         "style": experiment.tune.style,
         "with_prior": experiment.tune.learns_with_prior,
-        "model": experiment.model.model_dump(mode="json"),
+        "model": known_base(experiment.model),
     }
 
 
@@ -277,7 +278,7 @@ def baseline_config(experiment: Experiment, system: System) -> dict[str, Any]:
         case "title_embedding":
             return {
                 **settings.title_embedding.model_dump(mode="json"),
-                "model": experiment.model.model_dump(mode="json"),
+                "model": known_base(experiment.model),
             }
         case _:
             return {}
@@ -309,7 +310,7 @@ def evaluation(experiment: Experiment) -> Recipe:
             "style": experiment.tune.style,
             # What the scores are ranked by where no validation user chooses.
             "with_prior": experiment.tune.learns_with_prior,
-            "model": experiment.model.model_dump(mode="json"),
+            "model": known_base(experiment.model),
         },
         tuple(reads),
     )

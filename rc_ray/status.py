@@ -17,7 +17,10 @@ from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.guard import ARTICLES, read_guard
 from rc_ray.prepare import fingerprint_config
 
-_NAMES = {"`made`": "the set of mixes that `merge.mixes` and `evaluate.systems` ask for"}
+_NAMES = {
+    "`made`": "the set of mixes that `merge.mixes` and `evaluate.systems` ask for",
+    "`model.content`": "what is noted of the files in the model's folder",
+}
 """What a setting is called by that no field of the file is named after."""
 
 State = Literal["finished", "stale", "missing", "unneeded"]
@@ -139,7 +142,8 @@ def _reasons(
         for name in sorted(set(reads) ^ set(inputs)):
             yield f"{name} is {'new' if name in reads else 'no longer'} among what it reads"
     for field in _differing(recorded, config):
-        yield f"{_NAMES.get(field, field)} has changed"
+        named = field.replace("`trials.", "`")  # a sweep's trials have one model
+        yield f"{_NAMES.get(named, field)} has changed"
     if fingerprint(config=config, seed=seed, inputs=inputs) != manifest.get("fingerprint"):
         yield "made by another version of the method"
 
