@@ -18,14 +18,16 @@ from rc_ray.comparison import SystemScores, catalogue_ranks, list_ranks
 from rc_ray.core.baselines import Popularity, Recommender
 from rc_ray.core.domains import Domain, RankingCase, read_domain
 from rc_ray.core.item_knn import ItemKnn
+from rc_ray.core.loading import dtype_name
 from rc_ray.core.metrics import rank_targets
 from rc_ray.core.model import LanguageModel
 from rc_ray.core.sasrec import Sasrec
 from rc_ray.core.title_embedding import TitleEmbedding, embed_titles
 from rc_ray.evaluate_config import EvaluateConfig
+from rc_ray.precision import joined
 from rc_ray.requests import ASKED_PROBES, flat_candidates, probed
 from rc_ray.score_settings import valid_ndcg
-from rc_ray.shards import Stopwatch, batched, read_arrays, write_arrays
+from rc_ray.shards import Stopwatch, batched, dtypes_of, read_arrays, write_arrays
 from rc_ray.systems import System
 
 Floats = npt.NDArray[np.float32]
@@ -84,6 +86,8 @@ def score_baseline(
     for split, cases in run.catalogue_cases.items():
         found = _catalogue(recommender, cases, run.num_top)
         arrays |= {f"{name}.{split}": array for name, array in found.items()}
+    if run.system == "title_embedding":  # the only one that the LLM has a part in
+        arrays["dtype"] = dtype_name(language_model().dtype)
     memory = watch.peak_memory_mb()
     write_arrays(
         run.path,
@@ -155,6 +159,7 @@ def read_baseline(runs: Sequence[BaselineRun]) -> SystemScores:
         ranks={**list_ranks(final, cases), **catalogue_ranks(parts)},
         top={split: tuple(arrays[f"top.{split}"] for arrays in seeds) for split in catalogue_cases},
         chosen=json.loads(str(seeds[0]["chosen"])),
+        dtypes=tuple(joined(*(dtypes_of(arrays) for arrays in seeds))),
         valid_ndcg=quality,
         costs=(
             {**common, "what": "training", "num_users": None, "seconds": float(costs[:, 0].sum())},

@@ -52,6 +52,8 @@ class SystemScores:
     valid_ndcg: float | None = None
     """Of the chosen setting on the validation users; None without any."""
     costs: tuple[Mapping[str, Any], ...] = ()
+    dtypes: tuple[str, ...] = ()
+    """Precisions of the base that the scores were computed in; empty where it had no part."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rc_ray.artifacts import write_text
 from rc_ray.base_content import known_base
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError
+from rc_ray.precision import dtypes_in
 from rc_ray.progress import JsonlTail
 from rc_ray.training_config import EXECUTION_FIELDS, TrainingConfig
 
@@ -80,8 +81,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if validated:
         row = min(validated, key=lambda row: row["valid_loss"])
         best = {"best_valid_loss": row["valid_loss"], "best_num_steps": row["step"] + 1}
+    dtypes = dtypes_in(rows)
     return {
         **best,
+        **({"dtypes": dtypes} if dtypes else {}),
         "final_loss": sum(row["loss"] for row in last) / len(last),
         "num_steps": rows[-1]["step"] + 1,
         "seconds": round(seconds, 3),

@@ -21,6 +21,7 @@ from rc_ray.checkpoints import TrainingState, check_model, model_shape, read_sta
 from rc_ray.core.adapters import Adapter, adapter_of, copied, lora_layers, lora_matrices
 from rc_ray.core.domains import Domain
 from rc_ray.core.fused_lora import fuse_lora
+from rc_ray.core.loading import dtype_name
 from rc_ray.core.model import LanguageModel
 from rc_ray.core.optimizer import (
     MOMENTS,
@@ -65,6 +66,8 @@ class Learner:
     plan: TrainingPlan
     device: torch.device
     base_name: str
+    dtype: str
+    """Of the base, e.g. `bfloat16`; the LoRA is in fp32."""
     rank: int = 0
     world_size: int = 1
     start_step: int = 0
@@ -271,6 +274,7 @@ def build_learner(
         plan=plan,
         device=lm.device,
         base_name=base_name,
+        dtype=dtype_name(lm.dtype),
         rank=rank,
         world_size=world_size,
         note=note,

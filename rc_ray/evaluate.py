@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from rc_ray import artifacts, recipes
+from rc_ray import artifacts, precision, recipes
 from rc_ray.artifacts import RunFolder
 from rc_ray.baseline_scores import BaselineRun, read_baseline
 from rc_ray.compared import chosen_by_guard, left_out
@@ -32,6 +32,7 @@ from rc_ray.shards import (
     CatalogueShard,
     DomainRun,
     catalogue_shards,
+    dtypes_of,
     read_arrays,
     read_scores,
     shards_of,
@@ -86,6 +87,10 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         num_scores += _rank_catalogues(found, plans, actors)
     if not num_scores:
         console.note("every score is there already")
+    dtypes = precision.joined(*(one.dtypes for domain in found for one in domain.systems.values()))
+    told = precision.mixed_precision("the scores", dtypes)
+    if told is not None:
+        console.note(told)
     seconds = time.monotonic() - start
     tables = compare(found, experiment)
     with artifacts.replaced_dir(target) as work:
@@ -102,6 +107,7 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
             seed=experiment.seed,
             inputs=inputs,
             metrics={
+                "dtypes": dtypes,
                 # Of this run alone: scores that were on disk are not among them.
                 "last_run_seconds": round(seconds, 1),
                 "last_run_num_scores": num_scores,
@@ -160,6 +166,7 @@ def _with_catalogue(domain: DomainScores, shards: Sequence[CatalogueShard]) -> D
             }
             for split, found in parts.items()
         }
+        dtypes = precision.joined(*(dtypes_of(part) for found in parts.values() for part in found))
         costs = [part["cost"] for found in parts.values() for part in found]
         proved = np.concatenate([one["proved"] for one in joined.values()])
         cost = {
@@ -176,6 +183,7 @@ def _with_catalogue(domain: DomainScores, shards: Sequence[CatalogueShard]) -> D
             ranks={**scores.ranks, **ranks},
             top={split: (one["top"],) for split, one in joined.items()},
             costs=(*scores.costs, cost),
+            dtypes=tuple(precision.joined(scores.dtypes, dtypes)),
         )
     return replace(domain, systems=systems)
 
@@ -211,7 +219,7 @@ def _domain_scores(
             "peak_memory_mb": scores.peak_memory_mb,
             "proved": None,
         }
-        systems[system.system] = replace(found, costs=(cost,))
+        systems[system.system] = replace(found, costs=(cost,), dtypes=scores.dtypes)
     ordered = {name: systems[name] for name in experiment.evaluate.systems if name in systems}
     aliases = {}
     if "guarded" in experiment.evaluate.systems and "guarded" not in systems:

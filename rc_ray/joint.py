@@ -19,7 +19,7 @@ from rc_ray.artifacts import RunFolder
 from rc_ray.config import Experiment
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.progress import Progress
-from rc_ray.sweep_choice import IngredientsFailed, choose_trial
+from rc_ray.sweep_choice import IngredientsFailed, choose_trial, told_of_precision
 from rc_ray.sweep_plan import Trial, pending, plan_trial
 from rc_ray.training_config import TrainingConfig
 
@@ -69,6 +69,10 @@ def run(
             )
         except UserError as error:
             failed[domain] = str(error)
+    chosen = (trial for name, found in trials.items() if name not in failed for trial in found)
+    told = told_of_precision("the trials of joint", chosen)
+    if told is not None:
+        console.note(told)
     if failed:
         raise IngredientsFailed(_told(failed))
 

@@ -20,6 +20,7 @@ from rc_ray.guard import ARTICLES
 from rc_ray.merge_choice import sentence, write_summary
 from rc_ray.merge_plan import make_order
 from rc_ray.merge_search import RESOURCE_FIELDS, search
+from rc_ray.precision import mixed_precision
 from rc_ray.progress import JsonlTail, Progress, TaskHandle, polled
 from rc_ray.session import require_resources
 
@@ -149,6 +150,9 @@ def _told(domain: str, result: dict[str, Any]) -> Iterator[str]:
         f"{domain}: entropy {result['first_entropy']:.3f} -> {result['last_entropy']:.3f} nats; "
         f"mean weights: {weights}"
     )
+    told = mixed_precision(f"{domain}: mixes and guard", result["dtypes"])
+    if told is not None:
+        yield told
     guard = result["guard"]
     yield f"{domain}: the guard serves {ARTICLES[guard['chosen']]}. {guard['why']}"
     if guard["collapse"] is not None:

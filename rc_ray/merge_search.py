@@ -30,6 +30,7 @@ from rc_ray.merge_plan import (
     plan_trials,
     trial_order,
 )
+from rc_ray.precision import joined, mixed_precision
 from rc_ray.progress import Progress
 from rc_ray.session import num_fitting, require_resources, resources_text
 from rc_ray.sweep_plan import ERROR
@@ -264,6 +265,11 @@ def _chosen(
         raise UserError(
             next((problems[t.folder] for t in trials if t.folder in problems), "no trial finished")
         )
+    finished = [trial.result for trial in trials if trial.is_finished]
+    dtypes = joined(*(one.get("dtypes", ()) for one in finished))
+    precision = mixed_precision(f"{domain}: the settings", dtypes)
+    if precision is not None:
+        console.note(precision)
     table = folder.mix_work_dir(domain) / "trials.parquet"
     write_trials(table, trials, best, problems)
     made = make_order(best.variant, folder, domain)

@@ -16,6 +16,7 @@ import numpy as np
 
 from rc_ray.artifacts import MANIFEST, read_json, write_manifest
 from rc_ray.core.adapters import load_adapter
+from rc_ray.core.loading import dtype_name
 from rc_ray.core.weighting import measure_objective
 from rc_ray.engines import prepare_process
 from rc_ray.errors import UserError
@@ -24,6 +25,7 @@ from rc_ray.mix_config import LearnedMix
 from rc_ray.mix_making import scored_by
 from rc_ray.mixing import make_sealed
 from rc_ray.open_domain import OpenDomain
+from rc_ray.precision import joined
 from rc_ray.shards import Stopwatch
 from rc_ray.trial import base_of
 
@@ -64,8 +66,10 @@ def mix_cocktail(trial: dict[str, Any]) -> dict[str, Any]:
     except Exception:
         _last.clear()  # a failure may leave the model with what was mixed
         raise
+    mix = read_json(folder / MIX / MANIFEST)["metrics"]
     metrics = {
-        **read_json(folder / MIX / MANIFEST)["metrics"],
+        **mix,
+        "dtypes": joined(mix.get("dtypes", ()), [dtype_name(opened.lm.dtype)]),
         "valid_ndcg": ndcg,
         "num_valid_users": num_users,
         "final_objective": objective,

@@ -18,6 +18,7 @@ from torch import Tensor
 from rc_ray.artifacts import write_json, write_text
 from rc_ray.core.adapters import Adapter, load_adapter, save_adapter
 from rc_ray.core.compression import compressed
+from rc_ray.core.loading import dtype_name
 from rc_ray.core.merging import concatenate, fixed_weights, layers_of, merge_fixed_measured
 from rc_ray.core.model import AdapterMix, LanguageModel
 from rc_ray.core.predictions import CalibratedScore, UnlabeledPrompt
@@ -111,6 +112,7 @@ def make_mix(
         "rank": max(int(pair.a.shape[0]) for pair in mixed.adapter.modules.values()),
         "max_relative_error": max(mixed.errors.values()),
         "fold_check": check,
+        "dtypes": [dtype_name(opened.lm.dtype)],
         "seconds": round(watch.lap(), 1),
         "peak_memory_mb": round(watch.peak_memory_mb(), 1),
     }

@@ -25,6 +25,7 @@ from rc_ray.artifacts import (
     write_manifest,
 )
 from rc_ray.core.adapters import load_adapter
+from rc_ray.core.loading import dtype_name
 from rc_ray.engines import prepare_process
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.freed_memory import give_memory_back
@@ -32,6 +33,7 @@ from rc_ray.guard import CONTROLS, GUARD_FILE, Judged, decide, notes_on
 from rc_ray.mix_config import MixConfig
 from rc_ray.mix_making import make_mix
 from rc_ray.open_domain import OpenDomain
+from rc_ray.precision import joined
 from rc_ray.shards import Stopwatch
 
 TRIALS_FILE = "trials.parquet"
@@ -65,11 +67,13 @@ def _mix(order: dict[str, Any]) -> dict[str, Any]:
     made = {name: _work_dir(order, name) for name in order["mixes"] if name not in failed}
     about = {name: read_json(folder / MANIFEST)["metrics"] for name, folder in made.items()}
     guard = _judged(opened, made)
+    judged_in = [dtype_name(opened.lm.dtype)] if guard["systems"] else []
     metrics = {
         **about["cocktail"],
         "mixes": {name: one for name, one in about.items() if name != "cocktail"},
         "failed_mixes": failed,
         "guard": {name: guard[name] for name in ("chosen", "why", "collapse")},
+        "dtypes": joined(*(one.get("dtypes", ()) for one in about.values()), judged_in),
         "task_seconds": round(watch.lap(), 1),
     }
     search = order.get("search")  # what was chosen among the settings of a search

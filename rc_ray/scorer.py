@@ -15,7 +15,7 @@ import torch
 from rc_ray.baseline_scores import BaselineRun, score_baseline
 from rc_ray.core.adapters import Adapter, first_adapted_layer, load_adapter
 from rc_ray.core.domains import Domain, RankingCase, read_domain
-from rc_ray.core.loading import choose_dtype, load_language_model
+from rc_ray.core.loading import choose_dtype, dtype_name, load_language_model
 from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
 from rc_ray.core.ranking import Prepared, Ranker
@@ -108,7 +108,8 @@ class Scorer:
             if not np.isfinite(scores).all():
                 return f"{system.system}: a score is not finite; check its training loss"
             cost = [shared_s + watch.lap(), num_tokens, watch.peak_memory_mb()]
-            write_arrays(shard.path(system), scores=scores, cost=cost)
+            dtype = dtype_name(lm.dtype)
+            write_arrays(shard.path(system), scores=scores, cost=cost, dtype=dtype)
         return None
 
     def _search(self, shard: CatalogueShard) -> None:
@@ -138,6 +139,7 @@ class Scorer:
                 shard.path(system),
                 **placed,
                 cost=[watch.lap(), tokens, watch.peak_memory_mb()],
+                dtype=dtype_name(lm.dtype),
             )
 
     def _language_model(self) -> LanguageModel:

@@ -24,6 +24,7 @@ from rc_ray.core.domains import RankingCase
 from rc_ray.core.prompts import Style
 from rc_ray.errors import ArtifactError
 from rc_ray.evaluate_config import Probe
+from rc_ray.precision import joined
 from rc_ray.requests import ASKED_PROBES, flat_candidates
 from rc_ray.systems import System
 
@@ -179,6 +180,8 @@ class Scores:
     num_tokens: int
     peak_memory_mb: float
     num_users: int
+    dtypes: tuple[str, ...]
+    """Precisions of the base, each once; empty for files of before they were told."""
 
 
 def read_scores(run: DomainRun, system: SystemRun) -> Scores:
@@ -189,6 +192,7 @@ def read_scores(run: DomainRun, system: SystemRun) -> Scores:
     """
     found: dict[str, list[Floats]] = {}
     costs = []
+    dtypes: list[str] = []
     for shard in shards_of(run):
         path = shard.path(system)
         arrays = read_arrays(path)
@@ -202,6 +206,7 @@ def read_scores(run: DomainRun, system: SystemRun) -> Scores:
             )
         found.setdefault(shard.split, []).append(scores)
         costs.append((*arrays["cost"], len(shard.cases)))
+        dtypes += dtypes_of(arrays)
     seconds, tokens, memory, users = zip(*costs, strict=True)
     return Scores(
         by_split={split: np.concatenate(parts) for split, parts in found.items()},
@@ -209,7 +214,13 @@ def read_scores(run: DomainRun, system: SystemRun) -> Scores:
         num_tokens=int(sum(tokens)),
         peak_memory_mb=float(max(memory)),
         num_users=sum(users),
+        dtypes=tuple(joined(dtypes)),
     )
+
+
+def dtypes_of(arrays: Mapping[str, Any]) -> list[str]:
+    """The precision that a file of scores was computed in, where it tells."""
+    return [str(arrays["dtype"])] if "dtype" in arrays else []
 
 
 def read_arrays(path: Path) -> Arrays:

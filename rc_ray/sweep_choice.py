@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from rc_ray import artifacts
 from rc_ray.curves import read_metrics, summary
 from rc_ray.errors import ArtifactError, UserError
+from rc_ray.precision import joined, mixed_precision
 from rc_ray.progress import Progress
 from rc_ray.sweep_plan import Trial
 
@@ -78,6 +80,12 @@ def choose_trial(
             },
         )
     return best
+
+
+def told_of_precision(what: str, trials: Iterable[Trial]) -> str | None:
+    """What to tell where finished trials that are compared are not of one precision."""
+    finished = (trial.result for trial in trials if trial.is_finished)
+    return mixed_precision(what, joined(*(one.get("dtypes", ()) for one in finished)))
 
 
 def _check_copy(trial: Trial, copy: Path) -> None:

@@ -17,6 +17,7 @@ from rc_ray.checkpoints import TrainingState, check_model, model_shape, read_sta
 from rc_ray.core.adapters import Adapter
 from rc_ray.core.domains import read_domain
 from rc_ray.core.joint_training import JointTraining, Member, make_member
+from rc_ray.core.loading import dtype_name
 from rc_ray.core.lora_bank import LoraBank
 from rc_ray.core.model import LanguageModel
 from rc_ray.core.optimizer import MOMENTS, advance_schedule, moments_of, restore_optimizer
@@ -182,7 +183,7 @@ class _Group:
             raise metrics
         order, member = self._orders[name], training.members[name]
         with (Path(name) / "metrics.jsonl").open("a", encoding="utf-8") as log:
-            write_step(log, metrics, self._setting)
+            write_step(log, metrics, self._setting, dtype_name(training.lm.dtype))
         self._curves[name][1](metrics)
         if member.finished or member.num_steps_done % order["checkpoint_every"] == 0:
             with replaced_dir(Path(name) / CHECKPOINT) as work:

@@ -17,7 +17,7 @@ import torch
 from rc_ray.artifacts import MANIFEST, read_json, replaced_dir, restored, write_manifest
 from rc_ray.core.adapters import Adapter, check_adapter, load_adapter, save_adapter
 from rc_ray.core.domains import Domain, read_domain, sample
-from rc_ray.core.loading import choose_dtype, load_language_model
+from rc_ray.core.loading import choose_dtype, dtype_name, load_language_model
 from rc_ray.core.metrics import ndcg, rank_targets
 from rc_ray.core.model import LanguageModel
 from rc_ray.core.prompts import PromptRenderer
@@ -32,6 +32,7 @@ from rc_ray.engines import (
     read_share,
 )
 from rc_ray.errors import UserError
+from rc_ray.precision import dtypes_in, joined
 from rc_ray.tracking import tracked_trial
 from rc_ray.training_config import TrainingConfig
 
@@ -121,6 +122,7 @@ def train_ingredient(
         **summary(rows),
         "valid_ndcg": quality,
         "num_valid_users": num_users,
+        "dtypes": joined(dtypes_in(rows), [dtype_name(lm.dtype)]),
         "spent": clock.spent,
         _TRAINED: trial["training_fingerprint"],
     }
@@ -207,7 +209,7 @@ def _train(
             tracked_trial(trial, learner.start_step) as curve,
         ):
             for metrics in learner.steps():
-                write_step(log, metrics, setting)
+                write_step(log, metrics, setting, learner.dtype)
                 curve(metrics)
                 num_done = metrics["step"] + 1
                 if num_done % trial["checkpoint_every"] == 0 or learner.finished:
@@ -222,8 +224,8 @@ def _train(
         lm.model.eval()
 
 
-def write_step(log: TextIO, metrics: StepMetrics, setting: TrainingConfig) -> None:
-    """Append a step to the loss curve.
+def write_step(log: TextIO, metrics: StepMetrics, setting: TrainingConfig, dtype: str) -> None:
+    """Append a step to the loss curve, with the precision that it was computed in.
 
     Raises:
         UserError: its loss is not finite.
@@ -234,7 +236,7 @@ def write_step(log: TextIO, metrics: StepMetrics, setting: TrainingConfig) -> No
             f"`tune.learning_rate` ({setting.learning_rate:g})"
         )
     rate = metrics["num_tokens"] / metrics["seconds"]
-    log.write(json.dumps({**metrics, "tokens_per_s": rate}) + "\n")
+    log.write(json.dumps({**metrics, "tokens_per_s": rate, "dtype": dtype}) + "\n")
     log.flush()
 
 

@@ -21,7 +21,7 @@ from rc_ray.curves import read_metrics
 from rc_ray.errors import ArtifactError, UserError
 from rc_ray.progress import Progress
 from rc_ray.session import resources_text
-from rc_ray.sweep_choice import IngredientsFailed, choose_trial
+from rc_ray.sweep_choice import IngredientsFailed, choose_trial, told_of_precision
 from rc_ray.sweep_plan import (
     ERROR,
     STOPPED,
@@ -116,6 +116,10 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
         )
     for line in lines[:_MAX_LINES]:
         console.note(line)
+    chosen = (trial for name, found in trials.items() if name not in failed for trial in found)
+    told = told_of_precision("the trials", chosen)
+    if told is not None:
+        console.note(told)
     if trials:
         path = write_summary(experiment, folder, failed, spent)
         if len(lines) > _MAX_LINES or len(lines) < sum(map(len, trials.values())):

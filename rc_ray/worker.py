@@ -22,6 +22,7 @@ from rc_ray.engines import (
     sum_over_ranks,
 )
 from rc_ray.errors import ArtifactError, UserError
+from rc_ray.precision import dtypes_in, joined, mixed_precision
 from rc_ray.tracking import Log, TrackingConfig, tracked
 from rc_ray.training_config import TrainConfig
 from rc_ray.zero import sharded_loading
@@ -57,6 +58,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     if learner is None:
         return {"error": problem}
     notes = [*(found.notes if found else ()), *([learner.note] if learner.note else [])]
+    told = mixed_precision(settings["curve"], joined(dtypes_in(learner.rows), [learner.dtype]))
+    notes += [told] if told else []
     # One process logs; the others' losses are summed into its own.
     on = TrackingConfig.model_validate(settings["tracking"]) if rank == 0 else TrackingConfig()
     try:
@@ -153,6 +156,7 @@ def _train(
             "num_titles": int(num_titles),
             "num_tokens": int(num_tokens),
             "seconds": metrics["seconds"],
+            "dtype": learner.dtype,
             **({} if valid_loss is None else {"valid_loss": valid_loss}),
         }
         curve(row)

@@ -123,10 +123,10 @@ def test_the_curve_of_a_domain_that_leaves_its_group_ends_as_failed(
     ]
     original = together.write_step
 
-    def write_step(log: Any, metrics: Any, setting: Any) -> None:
+    def write_step(log: Any, metrics: Any, setting: Any, dtype: str) -> None:
         if "lamps" in log.name and metrics["step"] == 1:
             raise OSError("the disk is gone")
-        original(log, metrics, setting)
+        original(log, metrics, setting, dtype)
 
     monkeypatch.setattr(together, "write_step", write_step)
     assert train_group(orders) == [Path(orders[1]["folder"])]

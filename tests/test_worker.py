@@ -30,6 +30,7 @@ def test_a_loss_that_is_not_finite_ends_the_curve_as_failed_and_asks_for_no_rest
         device=torch.device("cpu"),
         rows=[],
         note=None,
+        dtype="float32",
         start_step=0,
         finished=False,
     )

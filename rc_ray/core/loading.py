@@ -59,6 +59,11 @@ def choose_dtype(setting: str, device: str | torch.device = "cpu") -> torch.dtyp
     return torch.bfloat16 if _is_bfloat16_faster() else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the experiment file calls it, e.g. `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _is_bfloat16_faster() -> bool:
     """Time products of one thread, in turns: the shortest of each, for others only lengthen them.
 
