@@ -6,6 +6,7 @@ Letters: L adapted linear layers, K adapters.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,8 @@ from rc_ray.core.random_lora import random_like
 from rc_ray.core.ranking import Ranker
 from rc_ray.core.weight_search import search_weights
 from rc_ray.core.weighting import WeightingStep, learn_weights, num_weighting_steps
-from rc_ray.errors import ArtifactError
-from rc_ray.merge_prompts import (
-    prompts_for,
-)
+from rc_ray.errors import ArtifactError, UserError
+from rc_ray.merge_prompts import prompts_for
 from rc_ray.mix_config import FixedMix, LearnedMix, MixConfig, SearchedMix
 from rc_ray.open_domain import OpenDomain
 from rc_ray.shards import Stopwatch
@@ -87,11 +86,16 @@ def make_mix(
     else:
         mixed = _by_learning(opened, name, config, adapters, rank, log)
     save_adapter(work, mixed.adapter, opened.model_name)
-    check = fold_check(opened.lm, opened.check_texts, mixed.acting, load_adapter(work))
+    try:
+        check = fold_check(opened.lm, opened.check_texts, mixed.acting, load_adapter(work))
+    except FloatingPointError as error:
+        raise UserError(f"the mix {name}: {error}; {_mend(config)}") from None
     if not check["relative"] <= _FOLD_TOLERANCE[opened.lm.dtype]:
+        is_exact = opened.lm.dtype is torch.float32
         raise ArtifactError(
-            f"the folded {name}'s logits are off by {check['max_abs_logit_difference']:.3g}; "
-            "set `model.dtype: float32` and merge again"
+            f"the mix {name}: folded, its logits are off by "
+            f"{check['max_abs_logit_difference']:.3g}; "
+            + (_mend(config) if is_exact else "set `model.dtype: float32` and merge again")
         )
     write_json(work / "fold_check.json", check)
     metrics: dict[str, Any] = {"method": config.method, **(mixed.metrics or {})}
@@ -116,6 +120,17 @@ def make_mix(
         "seconds": round(watch.lap(), 1),
         "peak_memory_mb": round(watch.peak_memory_mb(), 1),
     }
+
+
+def _mend(config: MixConfig) -> str:
+    """What helps where the numbers of a mix are out of hand."""
+    if isinstance(config, LearnedMix):
+        return f"lower `learning_rate` ({config.learning_rate:g})"
+    if isinstance(config, SearchedMix):
+        return f"lower `max_weight` ({config.max_weight:g})"
+    if config.weights is not None:
+        return f"lower `weights` ({', '.join(f'{weight:g}' for weight in config.weights)})"
+    return "check the training losses of its adapters"
 
 
 def _by_formula(
@@ -147,7 +162,7 @@ def _by_learning(
     num_steps = num_weighting_steps(len(prompts), config)
     per_epoch = num_steps // config.num_epochs if isinstance(config, LearnedMix) else 1
     curve = []
-    for step in _steps(opened, ranker, adapters, prompts, config):
+    for step in _named(name, _steps(opened, ranker, adapters, prompts, config)):
         row = {
             "step": step.step,
             "entropy": step.entropy,
@@ -161,6 +176,8 @@ def _by_learning(
         log.flush()
     weights = step.weights
     exact = concatenate(adapters, weights)
+    if not all(bool(pair.b.isfinite().all()) for pair in exact.modules.values()):
+        raise UserError(f"the mix {name}: its weights are too large to save; {_mend(config)}")
     merged, errors = exact, dict.fromkeys(exact.modules, 0.0)
     if rank is not None:
         merged, errors = compressed(exact, rank)
@@ -184,6 +201,14 @@ def _by_learning(
     else:
         metrics["prompts_of"] = "other_users"
     return _Mixed(merged, acting, errors, weights, tuple(curve), metrics)
+
+
+def _named(name: str, steps: Iterator[WeightingStep]) -> Iterator[WeightingStep]:
+    """The steps, whose error tells which mix it is of."""
+    try:
+        yield from steps
+    except FloatingPointError as error:
+        raise UserError(f"the mix {name}: {error}") from None
 
 
 def _steps(
@@ -231,7 +256,11 @@ def fold_check(
 
     Returns:
         `max_abs_logit_difference` and `relative` (over the largest absolute logit) of the next
-        token after the prompts, and `kl`, the mean divergence of its distribution in nats.
+        token after the prompts, and `kl`, the mean divergence of its distribution in nats. What the
+        saved mix cannot say in a finite number is NaN or infinite here.
+
+    Raises:
+        FloatingPointError: the logits of the mix as it was made are not finite, or all 0.
     """
 
     def logits() -> list[Tensor]:
@@ -245,8 +274,12 @@ def fold_check(
             expected = logits()
         with lm.folded(saved):
             found = logits()
+    largest = float(torch.stack([one.abs().max() for one in expected]).max())
+    if not 0.0 < largest < math.inf:  # a norm makes zeros of what overflows in it
+        raise FloatingPointError("its logits are not finite, or all 0")
     pairs = list(zip(expected, found, strict=True))
-    difference = max(float((a - b).abs().max()) for a, b in pairs)
+    # Of tensors: the largest of numbers passes over a NaN that is not the first.
+    difference = float(torch.stack([(a - b).abs().max() for a, b in pairs]).max())
     divergence = [
         torch.nn.functional.kl_div(
             b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum"
@@ -255,6 +288,6 @@ def fold_check(
     ]
     return {
         "max_abs_logit_difference": difference,
-        "relative": difference / max(float(a.abs().max()) for a in expected),
+        "relative": difference / largest,
         "kl": float(torch.stack(divergence).mean()),
     }

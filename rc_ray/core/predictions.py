@@ -174,7 +174,8 @@ class PromptBatch:
             scores = likelihoods[x]
             if self._over_catalogue:
                 scores = scores[torch.tensor(self._titles, device=scores.device)]
-            can_come = (scores.detach() > -torch.inf).nonzero().flatten()
+            # What is no number stays, or a mix without a prediction would have no doubt.
+            can_come = (scores.detach() != -torch.inf).nonzero().flatten()
             if self._calibration is not None:
                 empty = likelihoods[-1][self._empty_places[x]]
                 scores = scores - self._calibration.alpha * empty

@@ -10,6 +10,7 @@ Letters: L adapted linear layers, G groups of them, K adapters, O options of a p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -86,6 +87,8 @@ def learn_weights(
         calibration: weights and prior of `score: calibrated`.
 
     Raises:
+        FloatingPointError: the objective or a weight is not finite; the message names the step, and
+            the learning rate where that is what to lower.
         ValueError: there are no prompts, or the settings do not fit each other or the prompts; the
             message names the field.
     """
@@ -111,16 +114,19 @@ def learn_weights(
             with ranker.lm.using(mix.with_weights(acting)):
                 outcome = batch.backward()
             pull = config.pull * (parameters - start).square().sum()
+            objective = float(outcome.loss.detach() + pull.detach())
+            _check_objective(objective, step, config)
             slopes = torch.zeros_like(acting) if acting.grad is None else acting.grad
             torch.autograd.backward([weights, pull], [slopes, torch.ones_like(pull)])
-            optimizer.step()
+            _update(optimizer, step, config)
             with torch.no_grad():
                 rows = shape.weights(parameters).double().tolist()
+            _check_weights(rows, step, config)
             yield WeightingStep(
                 step=step,
                 entropy=outcome.entropy,
                 weights=dict(zip(mix.modules, rows, strict=True)),
-                objective=float(outcome.loss.detach() + pull.detach()),
+                objective=objective,
                 mean_prediction_entropy=outcome.mean_prediction_entropy,
                 num_reliable=outcome.num_reliable,
             )
@@ -169,6 +175,38 @@ def measure_objective(
         with ranker.lm.using(mix.with_weights(rows.clone().requires_grad_(True))):
             total += num_prompts * float(batch.backward().loss.detach())
     return total / len(prompts)
+
+
+def _check_objective(objective: float, step: int, config: LearnedMix) -> None:
+    if math.isfinite(objective):
+        return
+    if step == 0:  # nothing is learned yet
+        raise FloatingPointError(
+            f"the objective of the equal mix is {objective}; check the training losses of its "
+            "adapters"
+        )
+    raise _diverged(step, f"the objective is {objective}", config)
+
+
+def _update(optimizer: torch.optim.Optimizer, step: int, config: LearnedMix) -> None:
+    try:
+        optimizer.step()
+    except RuntimeError as error:  # of a rate that single precision does not hold
+        if "overflow" not in str(error):
+            raise
+        raise _diverged(step, "the update overflows", config) from None
+
+
+def _check_weights(rows: Sequence[Sequence[float]], step: int, config: LearnedMix) -> None:
+    for weight in (weight for row in rows for weight in row):
+        if not math.isfinite(weight):
+            raise _diverged(step, f"a weight is {weight}", config)
+
+
+def _diverged(step: int, what: str, config: LearnedMix) -> FloatingPointError:
+    return FloatingPointError(
+        f"at step {step} of the learning {what}; lower `learning_rate` ({config.learning_rate:g})"
+    )
 
 
 def _batches(

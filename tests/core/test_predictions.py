@@ -77,6 +77,22 @@ def test_titles_of_the_history_come_out_at_minus_infinity(ranker: Ranker) -> Non
 
 
 @pytest.mark.parametrize("over_catalogue", [False, True])
+def test_a_likelihood_that_is_no_number_is_no_certainty(
+    ranker: Ranker, over_catalogue: bool
+) -> None:
+    """Every option stays, without a probability, also the history's, whose mask is lost in it."""
+    mix = AdapterMix([random_adapter(1), random_adapter(2)])
+    batch = batch_of(
+        ranker, [UnlabeledPrompt(HISTORIES[1], (0, 1, 2))], over_catalogue=over_catalogue
+    )
+    with ranker.lm.using(mix.with_weights(torch.full((len(mix.modules), 2), torch.nan))):
+        found = batch.predict()
+    assert len(found.log_p[0]) == (43 if over_catalogue else 3)
+    assert found.log_p[0].isnan().all()
+    assert mean_entropy(found.log_p).isnan()
+
+
+@pytest.mark.parametrize("over_catalogue", [False, True])
 def test_calibrated_is_the_plain_formula(ranker: Ranker, over_catalogue: bool) -> None:
     score = calibration(ranker)
     found = batch_of(

@@ -144,6 +144,49 @@ def test_the_objective_of_a_finished_mix_is_that_of_its_fold(
     assert abs(got - last.objective) > 0.01  # which is of one batch, before its update, and pulled
 
 
+def test_an_objective_of_no_numbers_is_no_number(ranker: Ranker) -> None:
+    adapters = [random_adapter(1), random_adapter(2)]
+    weights = dict.fromkeys(adapters[0].modules, [torch.nan, 0.5])
+    for over in ("candidates", "catalogue"):
+        config = LearnedMix.model_validate({"over": over})
+        assert np.isnan(measure_objective(ranker, adapters, PROMPTS, config, 0, weights))
+
+
+def test_weights_that_overflow_end_the_learning_at_their_step(
+    ranker: Ranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = [random_adapter(1), scaled(random_adapter(2), 2.0)]
+    config = plain("entropy", parametrisation="free", optimizer="sgd", learning_rate=0.25)
+    steps = learn_weights(ranker, adapters, PROMPTS, config, seed=0)
+    next(steps)
+
+    def step(self: torch.optim.SGD) -> None:
+        with torch.no_grad():
+            self.param_groups[0]["params"][0][0, 1] = torch.inf
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    told = r"at step 1 of the learning a weight is inf; lower `learning_rate` \(0.25\)"
+    with pytest.raises(FloatingPointError, match=told):
+        next(steps)
+
+
+def test_an_objective_that_overflows_ends_the_learning_at_its_step(ranker: Ranker) -> None:
+    """Weights of 1e30 are numbers, the scores of a model of such layers or their slopes are not."""
+    adapters = [random_adapter(1), scaled(random_adapter(2), 2.0)]
+    common = {"parametrisation": "free", "learning_rate": 1e30, "num_epochs": 4}
+    steps = learn_weights(ranker, adapters, PROMPTS, plain("entropy", **common), seed=0)
+    first = next(steps)
+    assert all(np.isfinite(row).all() for row in first.weights.values())
+    with pytest.raises(FloatingPointError, match=r"at step 1 of the learning .* is nan; lower"):
+        next(steps)
+
+
+def test_adapters_that_predict_nothing_are_not_the_learning_rates_fault(ranker: Ranker) -> None:
+    adapters = [random_adapter(1), scaled(random_adapter(2), float("nan"))]
+    with pytest.raises(FloatingPointError, match="equal mix is nan; check the training losses"):
+        next(learn_weights(ranker, adapters, PROMPTS, plain("entropy"), seed=0))
+
+
 def plain(objective: str, **settings: object) -> LearnedMix:
     return LearnedMix.model_validate({"objective": objective, "batch_size": 8, **settings})
 
