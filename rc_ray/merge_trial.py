@@ -116,12 +116,13 @@ def _final_objective(opened: OpenDomain, config: dict[str, Any], mix_dir: Path) 
         UserError: it is not finite.
     """
     mix = LearnedMix.model_validate(config)
+    seed = opened.seed_of(mix)
     adapters = list(opened.adapters.values())
     saved = read_json(mix_dir / "weights.json")
     prompts = prompts_for(
         opened.domain,
         mix,
-        opened.order["seed"],
+        seed,
         num_test_users=opened.evaluate.num_test_users,
         split_seed=opened.order["split_seed"],
     )
@@ -131,7 +132,7 @@ def _final_objective(opened: OpenDomain, config: dict[str, Any], mix_dir: Path) 
         adapters,
         prompts,
         mix,
-        opened.order["seed"],
+        seed,
         dict(zip(saved["modules"], saved["weights"], strict=True)),
         with_prior=with_prior,
         micro_batch_size=opened.order["micro_batch_size"],

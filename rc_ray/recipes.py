@@ -181,7 +181,11 @@ def merge_trial(experiment: Experiment, variant: Experiment, domain: str) -> Rec
         domain: its name.
     """
     made = mix(variant, domain, "cocktail")
-    config = {**made.config, "choose_by": experiment.merge.choose_by}
+    config = {
+        **made.config,
+        "choose_by": experiment.merge.choose_by,
+        **_objective_seed(experiment),
+    }
     if experiment.merge.is_chosen_by_clicks:
         config["scores"] = _choosing(experiment)
     return Recipe(config, made.reads)
@@ -195,6 +199,7 @@ def cocktail(experiment: Experiment, domain: str) -> Recipe:
         "merge": merge.model_dump(mode="json", exclude=apart),
         "made": list(made),
         **form(experiment),
+        **_objective_seed(experiment),
     }
     variants = experiment.variants()
     if any(_is_transductive(config) for one in variants for config in mixes(one).values()):
@@ -207,6 +212,18 @@ def cocktail(experiment: Experiment, domain: str) -> Recipe:
         shaping["adapters"] = list(adapters(experiment, domain))
     mixed = dict.fromkeys(place for one in variants for place in adapters(one, domain).values())
     return Recipe(shaping, (*mixed, f"data/{domain}"))
+
+
+def _objective_seed(experiment: Experiment) -> dict[str, Any]:
+    """The seed of the prompts that an objective chooses on, unsaid where it is the experiment's.
+
+    A search with a seed of its own was once measured on the experiment's prompts.
+    """
+    merge = experiment.merge
+    chosen = merge.search is not None and merge.choose_by == "objective"
+    if not chosen or merge.seed in (None, experiment.seed):
+        return {}
+    return {"objective_seed": merge.seed}
 
 
 def _choosing(experiment: Experiment) -> dict[str, Any]:

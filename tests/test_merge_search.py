@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.merge_choice import MergeTrial, best_trial, sentence, told, write_summary, write_trials
 from rc_ray.merge_plan import make_order, plan_trials, trial_order
 from rc_ray.merge_prompts import valid_parts
+from rc_ray.merge_trial import mix_cocktail
 from rc_ray.sweep_plan import ERROR
 from rc_ray.trial_process import fail
 from tests.conftest import Factory
@@ -351,13 +353,47 @@ def test_who_chooses_does_not_guard() -> None:
     assert valid_parts(domain(7), 3, seed=0) == valid_parts(domain(7), 3, seed=0)
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+def test_the_objective_is_of_the_prompts_that_were_learned_on(
+    make_run: Factory, seed: int | None
+) -> None:
+    """At a rate of 1e-9 the weights stay equal: the mean of the two batches of the learning."""
+    settings = ("merge.choose_by=objective", "merge.num_prompts=4", "merge.batch_size=2")
+    given = () if seed is None else (f"merge.seed={seed}",)
+    space = "merge.search={learning_rate: [1.0e-9]}"
+    experiment = with_adapters(make_run(*BOTH, space, *settings, *given))
+    run = RunFolder(experiment.run_dir)
+    (trial,) = plan_trials(experiment, run, "tools")
+    trial.folder.mkdir(parents=True)
+    metrics = mix_cocktail(trial_order(experiment, run, trial, Path(experiment.model.path)))
+    lines = (trial.mix_dir / "entropy.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["objective"] for line in lines]
+    assert len(steps) == 2
+    assert metrics["final_objective"] == pytest.approx(np.mean(steps), abs=1e-5)
+
+
+def test_an_objective_of_another_seed_makes_its_trials_stale_alone(make_run: Factory) -> None:
+    """The experiment's seed is 3, and one that is written down changes no prompt."""
+
+    def keys(*overrides: str) -> set[Any]:
+        experiment = make_run(*BOTH, GRID, *overrides)
+        configs = [recipes.cocktail(experiment, "tools").config]
+        for one in experiment.variants():
+            configs.append(recipes.merge_trial(experiment, one, "tools").config)
+            assert "objective_seed" not in recipes.mix(one, "tools", "cocktail").config
+        return {config.get("objective_seed") for config in configs}
+
+    by_objective = "merge.choose_by=objective"
+    assert keys(by_objective) == keys(by_objective, "merge.seed=3") == {None}
+    assert keys("merge.seed=5") == {None}
+    assert keys(by_objective, "merge.seed=5") == {5}
+
+
 @pytest.mark.parametrize("choose_by", ["valid_ndcg", "objective"])
 def test_a_trial_reads_no_test_click(
     make_run: Factory, monkeypatch: pytest.MonkeyPatch, choose_by: str
 ) -> None:
     """The worker's function itself, in this process; a look at a test case ends it."""
-    from rc_ray.merge_trial import mix_cocktail
-
     experiment = with_adapters(make_run(*BOTH, GRID, f"merge.choose_by={choose_by}"))
     run = RunFolder(experiment.run_dir)
     trial = plan_trials(experiment, run, "tools")[0]
