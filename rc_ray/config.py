@@ -7,6 +7,7 @@ exactly what `config.yaml` in its run folder says.
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +24,7 @@ from rc_ray.data_config import DataConfig, Section
 from rc_ray.errors import ConfigError
 from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.merge_config import MergeConfig
-from rc_ray.mix_config import FixedMix, LearnedMix
+from rc_ray.mix_config import FixedMix, LearnedMix, SearchedMix
 from rc_ray.systems import BASELINES, MIXED, OF_THE_SPIRIT, SERVED, SYSTEMS, System
 from rc_ray.tracking import TrackingConfig
 from rc_ray.training_config import TrainConfig
@@ -179,6 +180,21 @@ class Experiment(Section):
                         f"`merge.mixes.{name}.weights` has {len(mix.weights)} values, but on "
                         f"{domain} {len(adapters)} adapters are mixed ({', '.join(adapters)}); "
                         "give one weight for each, or leave `weights` out"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_the_equal_mix(self) -> Experiment:
+        for name, mix in self.merge.mixes.items():
+            if not isinstance(mix, SearchedMix):
+                continue
+            for one, domain in itertools.product(self.variants(), self.data.tested):
+                num_adapters = len(one.adapter_names(domain))
+                if num_adapters > 1 and mix.max_weight < 1 / num_adapters:
+                    raise ValueError(
+                        f"`merge.mixes.{name}.max_weight` is {mix.max_weight:g}, but on {domain} "
+                        f"the search begins with the weight 1/{num_adapters} for each adapter; "
+                        f"raise it to {math.ceil(1e4 / num_adapters) / 1e4:g} or more"
                     )
         return self
 

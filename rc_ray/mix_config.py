@@ -131,7 +131,7 @@ class SearchedMix(Section):
     """Which clicks, and which weights are tried; null: the experiment's."""
     granularity: Granularity = "model"
     max_weight: PositiveFloat = 1.5
-    """Weights lie between minus this and this."""
+    """Weights lie between minus this and this; at least 1/K, where the search begins."""
     l1_weight: NonNegativeFloat = 0.05
     """Weight of the mean absolute weight in the objective."""
     max_titles: PositiveInt = 15

@@ -160,7 +160,6 @@ def _by_learning(
     )
     ranker = opened.ranker(config.max_titles)
     num_steps = num_weighting_steps(len(prompts), config)
-    per_epoch = num_steps // config.num_epochs if isinstance(config, LearnedMix) else 1
     curve = []
     for step in _named(name, _steps(opened, ranker, adapters, prompts, config)):
         row = {
@@ -187,12 +186,17 @@ def _by_learning(
         mix = AdapterMix(adapters)
         rows = torch.tensor([weights[module] for module in mix.modules], device=opened.lm.device)
         acting = mix.with_weights(rows)
+    if isinstance(config, LearnedMix):
+        per_epoch = num_steps // config.num_epochs
+        first, last = curve[:per_epoch], curve[-per_epoch:]
+    else:  # the mix that is kept, not the one that was tried last
+        first, last = curve[:1], [min(curve, key=_kept)]
     metrics: dict[str, Any] = {
         "num_prompts": len(prompts),
         "num_steps": len(curve),
-        "first_entropy": float(np.mean([row["entropy"] for row in curve[:per_epoch]])),
-        "last_entropy": float(np.mean([row["entropy"] for row in curve[-per_epoch:]])),
-        "last_objective": float(np.mean([row["objective"] for row in curve[-per_epoch:]])),
+        "first_entropy": float(np.mean([row["entropy"] for row in first])),
+        "last_entropy": float(np.mean([row["entropy"] for row in last])),
+        "last_objective": float(np.mean([row["objective"] for row in last])),
     }
     if isinstance(config, LearnedMix):
         metrics["objective"] = config.objective
@@ -201,6 +205,11 @@ def _by_learning(
     else:
         metrics["prompts_of"] = "other_users"
     return _Mixed(merged, acting, errors, weights, tuple(curve), metrics)
+
+
+def _kept(row: Mapping[str, Any]) -> tuple[bool, float]:
+    """Least for the mix that a search keeps."""
+    return math.isnan(row["objective"]), row["objective"]
 
 
 def _named(name: str, steps: Iterator[WeightingStep]) -> Iterator[WeightingStep]:

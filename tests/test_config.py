@@ -76,6 +76,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("merge.neighbours=[Tools]", "`merge.neighbours.0`: String should match"),
         ("evaluate.systems=[base, base]", "`systems` names base more than once"),
         ("data.sources=[{format: csvv}]", "`data.sources.0.format` is csvv, which is none of par"),
+        (
+            "merge.mixes={a: {method: lorahub, max_weight: 0.4}}",
+            "`merge.mixes.a.max_weight` is 0.4, but on tools the search begins with the weight 1/2",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(path: Path, override: str, words: str) -> None:

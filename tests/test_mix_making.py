@@ -1,22 +1,28 @@
-"""Mixes that overflow are told plainly and leave nothing."""
+"""Mixes that overflow are told plainly and leave nothing; what is told is of the mix kept."""
 
 from __future__ import annotations
 
+import io
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from rc_ray import mix_making
 from rc_ray.artifacts import MANIFEST, RunFolder, read_json
 from rc_ray.config import Experiment
 from rc_ray.core.adapters import save_adapter
 from rc_ray.core.model import AdapterMix
+from rc_ray.core.weighting import WeightingStep
 from rc_ray.errors import UserError
 from rc_ray.merge_plan import make_order, plan_trials, trial_order
 from rc_ray.merge_trial import mix_cocktail
-from rc_ray.mix_making import fold_check
+from rc_ray.mix_config import SearchedMix
+from rc_ray.mix_making import fold_check, make_mix
 from rc_ray.mixing import mix_domain
 from rc_ray.open_domain import OpenDomain
 from rc_ray.sweep_plan import ERROR
@@ -36,6 +42,26 @@ DIVERGED = (
 def order_of(experiment: Experiment) -> dict[str, Any]:
     order = make_order(experiment, RunFolder(experiment.run_dir), "tools")
     return {**order, "model_dir": experiment.model.path}
+
+
+def test_what_is_told_of_a_searched_mix_is_of_the_one_that_is_kept(
+    make_run: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three mixes are tried, the second is the best."""
+
+    def tried(ranker: Any, adapters: Any, *others: Any, **options: Any) -> Iterator[WeightingStep]:
+        for step, (entropy, objective) in enumerate([(1.0, 2.0), (0.25, 1.5), (0.75, 1.75)]):
+            weights = dict.fromkeys(adapters[0].modules, [0.5, 0.5])
+            yield WeightingStep(step, entropy, weights, objective, 2.0, 3)
+
+    monkeypatch.setattr(mix_making, "search_weights", tried)
+    config = SearchedMix(method="lorahub", num_evaluations=3)
+    opened = OpenDomain(order_of(with_adapters(make_run(*BOTH))))
+    plan = {"rank": None, "random": ()}
+    told = make_mix(opened, "hub", plan, config, tmp_path, io.StringIO())
+    assert (told["first_entropy"], told["last_entropy"], told["last_objective"]) == (1.0, 0.25, 1.5)
+    rows = [json.loads(line) for line in (tmp_path / "entropy.jsonl").read_text().splitlines()]
+    assert [row["entropy"] for row in rows] == [1.0, 0.25, 0.75]
 
 
 def test_a_mix_that_diverges_is_told_by_name_and_leaves_nothing(make_run: Factory) -> None:

@@ -123,12 +123,18 @@ def search_weights(
         After each evaluation its objective and entropies, and the best weights until then.
 
     Raises:
-        ValueError: there are no prompts, or one without `target`.
+        ValueError: there are no prompts, or one without `target`; or the uniform mix lies beyond
+            `max_weight`.
     """
     if not prompts:
         raise ValueError("the search needs validation clicks; the domain has none")
     if any(prompt.target is None for prompt in prompts):
         raise ValueError("`method: lorahub` needs prompts whose next item is known")
+    if config.max_weight < 1 / len(adapters):
+        raise ValueError(
+            f"`max_weight` is {config.max_weight:g}, but the search begins with the weight "
+            f"1/{len(adapters)}"
+        )
     mix = AdapterMix(adapters)
     shape = Parametrisation(mix.modules, len(adapters), config.granularity, "free")
     batch = PromptBatch(
@@ -140,7 +146,7 @@ def search_weights(
         micro_batch_size=None,
         shared_layers=first_adapted_layer(adapters),
     )
-    start = shape.start().double().flatten().numpy().clip(-config.max_weight, config.max_weight)
+    start = shape.start().double().flatten().numpy()
     strategy = EvolutionStrategy(start, _START_SHARE * config.max_weight, seed)
     best_loss, best = math.inf, start
     population, losses = start[None], list[float]()

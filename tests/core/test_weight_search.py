@@ -91,6 +91,9 @@ def test_clicks_are_needed(ranker: Ranker) -> None:
         next(search_weights(ranker, [random_adapter(1)], PROMPTS, config, seed=0))
     with pytest.raises(ValueError, match="needs validation clicks"):
         next(search_weights(ranker, [random_adapter(1)], [], config, seed=0))
+    bound = SearchedMix(method="lorahub", max_weight=0.3)
+    with pytest.raises(ValueError, match="`max_weight` is 0.3, .* the weight 1/2"):
+        next(search_weights(ranker, [random_adapter(1), random_adapter(2)], CLICKS, bound, seed=0))
     assert math.isfinite(
         next(search_weights(ranker, [random_adapter(1)], CLICKS, config, seed=0)).objective
     )
