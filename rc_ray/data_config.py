@@ -19,7 +19,9 @@ RESERVED_LISTS = (MAIN_LIST, "catalogue")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ColumnMap(Section):

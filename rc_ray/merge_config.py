@@ -28,8 +28,8 @@ class GuardConfig(Section):
 
     enabled: bool = True
     num_valid_users: PositiveInt = 100
-    margin: NonNegativeFloat = 0.0
-    """NDCG by which a control must be ahead for the cocktail to be refused."""
+    margin: Annotated[float, Field(ge=0.0, allow_inf_nan=True)] = 0.0
+    """NDCG by which a control must be ahead for the cocktail to be refused; infinite: never."""
 
 
 class MergeSetting(LearnedMix):
@@ -79,11 +79,21 @@ class MergeConfig(MergeSetting):
     """Prompts whose gradients are held at once; changes memory, not the result. Null: all."""
     cpus_per_task: PositiveFloat = 1.0
     gpus_per_task: NonNegativeFloat = 0.0
+    """At most one; a fraction shares a GPU among tasks."""
     memory_per_task_gb: PositiveFloat | None = None
     """Main memory that a task or trial is given on its node, in 10^9 bytes; null: as many run side
     by side as CPUs and GPUs allow."""
     max_concurrent_trials: PositiveInt | None = None
     """Of a search; null: as many as the cluster has resources for."""
+
+    @model_validator(mode="after")
+    def _one_gpu(self) -> MergeConfig:
+        if self.gpus_per_task > 1:
+            raise ValueError(
+                f"`gpus_per_task` is {self.gpus_per_task:g}: a process uses one GPU; set it to 1, "
+                "or to a fraction that shares one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _search_holds_together(self) -> MergeConfig:

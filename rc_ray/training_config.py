@@ -45,7 +45,8 @@ class TrainingConfig(Section):
     warmup_fraction: Fraction = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0.0, allow_inf_nan=True)] = 1.0
+    """Longer gradients are cut to this length; infinite: none is."""
     max_titles: Annotated[int, Field(ge=2)] = 30
     """Titles per training history; longer histories are cropped at a seeded random place."""
     max_tokens: PositiveInt = 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -77,6 +78,17 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("evaluate.systems=[base, base]", "`systems` names base more than once"),
         ("data.sources=[{format: csvv}]", "`data.sources.0.format` is csvv, which is none of par"),
         (
+            "merge.memory_per_task_gb=.inf",
+            "`merge.memory_per_task_gb`: Input should be a finite nu",
+        ),
+        ("evaluate.gammas=[.inf]", "`evaluate.gammas.0`: Input should be a finite number"),
+        ("evaluate.alphas=[0, .nan]", "`evaluate.alphas.1`: Input should be a finite number"),
+        ("merge.learning_rate=.inf", "`merge.learning_rate`: Input should be a finite number"),
+        ("merge.temperature=.inf", "`merge.temperature`: Input should be a finite number"),
+        ("train.learning_rate=.inf", "`train.learning_rate`: Input should be a finite number"),
+        ("merge.search={pull: [0, .inf]}", "does not hold: pull: Input should be a finite number"),
+        ("merge.gpus_per_task=1.5", "`gpus_per_task` is 1.5: a process uses one GPU; set it to 1"),
+        (
             "merge.mixes={a: {method: lorahub, max_weight: 0.4}}",
             "`merge.mixes.a.max_weight` is 0.4, but on tools the search begins with the weight 1/2",
         ),
@@ -88,6 +100,15 @@ def test_what_cannot_work_is_refused(path: Path, override: str, words: str) -> N
         load(path, (override, *ranks))
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_where_infinity_means_something_it_stands(path: Path) -> None:
+    """No gradient is cut, no cocktail is refused; what is no number is."""
+    made = load(path, ("train.max_grad_norm=.inf", "merge.guard.margin=.inf"))
+    assert made.train.max_grad_norm == made.merge.guard.margin == math.inf
+    for field in ("train.max_grad_norm", "merge.guard.margin"):
+        with pytest.raises(ConfigError, match=f"`{field}`: Input should be greater than"):
+            load(path, (f"{field}=.nan",))
 
 
 def test_a_mix_over_the_catalogue_needs_another_style(path: Path) -> None:

@@ -26,6 +26,8 @@ Letters: N users, C candidates, I items, G groups of items.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -78,8 +80,10 @@ def prior_mismatch(scores: npt.ArrayLike, expected: npt.ArrayLike, groups: Group
         groups: (N, C) as `popularity_groups` gives them.
 
     Returns:
-        Kullback-Leibler divergence of the predicted shares from the expected ones, in nats, >= 0.
+        Kullback-Leibler divergence of the predicted shares from the expected ones, in nats, >= 0;
+        infinite where a score is NaN or plus infinity.
     """
     wanted, found = group_shares(expected, groups), group_shares(scores, groups)
     tiny = np.finfo(np.float64).tiny
-    return max(0.0, float((wanted * np.log(wanted / np.maximum(found, tiny))).sum()))
+    mismatch = float((wanted * np.log(wanted / np.maximum(found, tiny))).sum())
+    return math.inf if math.isnan(mismatch) else max(0.0, mismatch)

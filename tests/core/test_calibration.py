@@ -31,6 +31,9 @@ def test_shares_and_mismatch_worked_by_hand() -> None:
     assert prior_mismatch(scores, expected, groups) == pytest.approx(wanted)
     assert prior_mismatch(scores + 3.0, scores, groups) == 0.0
     assert np.isfinite(prior_mismatch(np.array([[0.0, -np.inf]] * 2), expected, groups))
+    for odd in (np.nan, np.inf):  # what is no prediction is not the log's
+        with np.errstate(invalid="ignore"):
+            assert prior_mismatch(np.array([[0.0, odd]] * 2), expected, groups) == np.inf
 
 
 class World:
