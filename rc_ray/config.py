@@ -115,13 +115,19 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _adapters_to_mix(self) -> Experiment:
-        needing = [system for system in self.evaluate.systems if self.is_mixed(system)]
-        of_spirit = [one for one in self.evaluate.systems if one in OF_THE_SPIRIT]
-        if not self.data.spirit and (of_spirit or (needing and not self.can_mix)):
+        if self.data.spirit:
+            return self
+        needing = [one for one in self.evaluate.systems if one in OF_THE_SPIRIT]
+        or_neighbours = ""
+        mixed = [one for one in self.evaluate.systems if self.is_mixed(one)]
+        if mixed and not self.can_mix:
+            needing += [one for one in mixed if one not in needing]
+            or_neighbours = ", or name `merge.neighbours` to mix ingredients alone"
+        if needing:
             raise ValueError(
-                f"`evaluate.systems` names {', '.join(dict.fromkeys([*of_spirit, *needing]))}, "
-                "made from a base spirit, but `data.spirit` names no domain; name one, or leave "
-                "these systems out"
+                f"`evaluate.systems` names {', '.join(needing)}, made from a base spirit, but "
+                f"`data.spirit` names no domain; name one{or_neighbours}, or leave out what needs "
+                "it"
             )
         return self
 

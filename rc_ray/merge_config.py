@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     Field,
@@ -13,11 +13,12 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from rc_ray.data_config import DomainName, Section
-from rc_ray.mix_config import LearnedMix, MixConfig
+from rc_ray.mix_config import FixedMethod, LearnedMix, MixConfig
 from rc_ray.search_space import SearchSpace, apply_point, check_for_optuna, read_space
 
 MixName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
@@ -85,6 +86,17 @@ class MergeConfig(MergeSetting):
     by side as CPUs and GPUs allow."""
     max_concurrent_trials: PositiveInt | None = None
     """Of a search; null: as many as the cluster has resources for."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _is_learned(cls, value: Any) -> Any:
+        if value in (*get_args(FixedMethod), "lorahub"):
+            raise ValueError(
+                f"the cocktail is learned; name a mix by `{value}` under `merge.mixes`, as in "
+                f"{{{value}: {{method: {value}}}}}, and `evaluate.systems` or `serve.system` may "
+                "name it"
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_gpu(self) -> MergeConfig:

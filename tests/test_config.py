@@ -88,6 +88,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train.learning_rate=.inf", "`train.learning_rate`: Input should be a finite number"),
         ("merge.search={pull: [0, .inf]}", "does not hold: pull: Input should be a finite number"),
         ("merge.gpus_per_task=1.5", "`gpus_per_task` is 1.5: a process uses one GPU; set it to 1"),
+        ("merge.method=ties", "`merge.method`: the cocktail is learned; name a mix by `ties`"),
+        ("merge.method=lorahub", "under `merge.mixes`, as in {lorahub: {method: lorahub}}, and"),
+        ("merge.method=learnt", "`merge.method`: Input should be 'learned'"),
         (
             "merge.mixes={a: {method: lorahub, max_weight: 0.4}}",
             "`merge.mixes.a.max_weight` is 0.4, but on tools the search begins with the weight 1/2",
@@ -109,6 +112,23 @@ def test_where_infinity_means_something_it_stands(path: Path) -> None:
     for field in ("train.max_grad_norm", "merge.guard.margin"):
         with pytest.raises(ConfigError, match=f"`{field}`: Input should be greater than"):
             load(path, (f"{field}=.nan",))
+
+
+def test_a_mix_needs_two_adapters_and_not_a_spirit(path: Path) -> None:
+    alone = ("data.spirit=[]", "data.ingredients=[tools,rivers]")
+    with pytest.raises(ConfigError) as caught:
+        load(path, (*alone, "merge.neighbours=all"))
+    assert str(caught.value) == (
+        f"{path}: `evaluate.systems` names spirit, made from a base spirit, but `data.spirit` "
+        "names no domain; name one, or leave out what needs it"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load(path, alone)
+    assert str(caught.value) == (
+        f"{path}: `evaluate.systems` names spirit, uniform, cocktail, guarded, made from a base "
+        "spirit, but `data.spirit` names no domain; name one, or name `merge.neighbours` to mix "
+        "ingredients alone, or leave out what needs it"
+    )
 
 
 def test_a_mix_over_the_catalogue_needs_another_style(path: Path) -> None:
