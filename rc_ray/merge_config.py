@@ -18,7 +18,14 @@ from pydantic import (
 )
 
 from rc_ray.data_config import DomainName, Section
-from rc_ray.mix_config import FixedMethod, LearnedMix, MixConfig
+from rc_ray.mix_config import (
+    OF_LEARNING,
+    FixedMethod,
+    LearnedMix,
+    MixConfig,
+    check_parts,
+    is_changed,
+)
 from rc_ray.search_space import SearchSpace, apply_point, check_for_optuna, read_space
 
 MixName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
@@ -108,6 +115,13 @@ class MergeConfig(MergeSetting):
         return self
 
     @model_validator(mode="after")
+    def _of_the_learning(self) -> MergeConfig:
+        """Of a search each point is checked by itself, see `setting`."""
+        if self.search is None:
+            check_parts(self, OF_LEARNING)
+        return self
+
+    @model_validator(mode="after")
     def _search_holds_together(self) -> MergeConfig:
         if self.search is None:
             if self.num_samples != 1:
@@ -116,6 +130,11 @@ class MergeConfig(MergeSetting):
                 raise ValueError(
                     "`search_algorithm: optuna` is set, but there is no `search` whose values it "
                     "could draw; add one, or leave `search_algorithm` out"
+                )
+            if self.choose_by != "valid_ndcg":
+                raise ValueError(
+                    "`choose_by` is set, but there is no `search` whose settings it could compare; "
+                    "add one, or leave `choose_by` out"
                 )
             return self
         if not self.search:
@@ -144,6 +163,13 @@ class MergeConfig(MergeSetting):
             for value in distribution.ends:
                 self.setting({**space.draw(self.search_seed, 0), field: value})
         settings = self.settings()
+        for field, (other, values) in OF_LEARNING.items():
+            is_beside = field not in self.search and is_changed(self, field)
+            if is_beside and all(getattr(one, other) not in values for one in settings):
+                raise ValueError(
+                    f"`{field}` has no part in any setting of `search`; leave it out, or let "
+                    f"`{other}` be one of {', '.join(values)}"
+                )
         if self.choose_by == "objective":
             self._check_comparable(settings)
         return self
@@ -236,7 +262,10 @@ class MergeConfig(MergeSetting):
     def at(self, setting: MergeSetting) -> MergeConfig:
         """This section with one setting in place and nothing to search."""
         fields = {name: getattr(setting, name) for name in MergeSetting.model_fields}
-        nothing = {"search": None, "num_samples": 1, "search_algorithm": "random"}
+        nothing = {
+            name: MergeConfig.model_fields[name].default
+            for name in ("search", "num_samples", "search_algorithm", "choose_by")
+        }
         return self.model_copy(update={**fields, **nothing})
 
     def label(self, setting: MergeSetting) -> str:
@@ -252,12 +281,19 @@ class MergeConfig(MergeSetting):
     def setting(self, point: Mapping[str, Any]) -> MergeSetting:
         """The setting at one point, field -> value.
 
+        What stands beside the search and has no part at this point is at its default there, so
+        that equal mixes are known by equal settings.
+
         Raises:
             ValueError: a value does not hold, or not beside the others.
         """
         fields = {name: getattr(self, name) for name in MergeSetting.model_fields}
+        fields = apply_point(fields, point, _known_fields)
+        for field, (other, values) in OF_LEARNING.items():
+            if field not in point and fields[other] not in values:
+                fields[field] = MergeSetting.model_fields[field].default
         try:
-            return MergeSetting.model_validate(apply_point(fields, point, _known_fields))
+            return MergeSetting.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
             place = str(first["loc"][0]) if first["loc"] else ""

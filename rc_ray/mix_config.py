@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -29,6 +30,44 @@ Objective = Literal["entropy", "vocabulary_entropy", "anchored", "distillation",
 Granularity = Literal["model", "layer", "projection", "linear"]
 
 
+Parts = Mapping[str, tuple[str, tuple[str, ...]]]
+"""Setting -> another setting, and the values of it with which the first has a part in a mix."""
+
+_OF_FORMULAS: Parts = {
+    "density": ("method", ("ties", "dare_linear", "dare_ties", "knots")),
+    "majority_sign": ("method", ("ties", "dare_ties", "knots")),
+    "seed": ("method", ("dare_linear", "dare_ties")),
+}
+OF_LEARNING: Parts = {
+    "temperature": ("parametrisation", ("softmax", "sigmoid")),
+    "prompts_of": ("objective", ("entropy", "vocabulary_entropy", "anchored", "clicks")),
+    "num_tokens": ("objective", ("vocabulary_entropy",)),
+    "divergence_weight": ("objective", ("anchored",)),
+    "spread_weight": ("objective", ("anchored",)),
+    "max_entropy_share": ("objective", ("anchored",)),
+}
+
+
+def is_changed(mix: Section, field: str) -> bool:
+    """Whether a setting is another than its default."""
+    return bool(getattr(mix, field) != type(mix).model_fields[field].default)
+
+
+def check_parts(mix: Section, parts: Parts) -> None:
+    """Refuse settings that were changed and do nothing beside the others.
+
+    Raises:
+        ValueError: names the field and the fix.
+    """
+    for field, (other, values) in parts.items():
+        value = getattr(mix, other)
+        if value not in values and is_changed(mix, field):
+            raise ValueError(
+                f"`{field}` has no part in `{other}: {value}`; leave it out, or take one of "
+                f"{', '.join(values)}"
+            )
+
+
 class FixedMix(Section):
     """A mix by formula: no data is seen."""
 
@@ -44,17 +83,7 @@ class FixedMix(Section):
 
     @model_validator(mode="after")
     def _of_the_method(self) -> FixedMix:
-        fields = {
-            "density": ("ties", "dare_linear", "dare_ties", "knots"),
-            "majority_sign": ("ties", "dare_ties", "knots"),
-        }
-        for name, methods in fields.items():
-            is_set = getattr(self, name) != FixedMix.model_fields[name].default
-            if is_set and self.method not in methods:
-                raise ValueError(
-                    f"`{name}` has no part in `method: {self.method}`; leave it out, or take one "
-                    f"of {', '.join(methods)}"
-                )
+        check_parts(self, _OF_FORMULAS)
         return self
 
 
@@ -117,6 +146,11 @@ class LearnedMix(Section):
                 "`objective: clicks` learns from next items, and those of `prompts_of: "
                 "scored_users` are what is tested; take `prompts_of: other_users`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _of_the_learning(self) -> LearnedMix:
+        check_parts(self, OF_LEARNING)
         return self
 
 

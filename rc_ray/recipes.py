@@ -145,8 +145,8 @@ def adapters(experiment: Experiment, domain: str) -> dict[str, str]:
 
 def mixes(experiment: Experiment) -> dict[str, MixConfig]:
     """Every mix of a domain by name: the cocktail, the uniform one, and the named ones."""
-    fields = {name: getattr(experiment.merge, name) for name in LearnedMix.model_fields}
-    cocktail = LearnedMix(**fields)
+    setting = experiment.merge.setting({})
+    cocktail = LearnedMix(**{name: getattr(setting, name) for name in LearnedMix.model_fields})
     found: dict[str, MixConfig] = {"cocktail": cocktail, "uniform": FixedMix(method="linear")}
     if "random_spirit" in experiment.evaluate.systems:
         found["random_spirit"] = cocktail

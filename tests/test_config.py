@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rc_ray import recipes
 from rc_ray.config import load
 from rc_ray.errors import ConfigError
+from rc_ray.mix_config import LearnedMix
 from tests.tiny import make_experiment, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +97,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "merge.mixes={a: {method: lorahub, max_weight: 0.4}}",
             "`merge.mixes.a.max_weight` is 0.4, but on tools the search begins with the weight 1/2",
         ),
+        ("merge.mixes={a: {method: ties, seed: 1}}", "`seed` has no part in `method: ties`; leave"),
+        ("merge.choose_by=objective", "`choose_by` is set, but there is no `search`"),
     ],
 )
 def test_what_cannot_work_is_refused(path: Path, override: str, words: str) -> None:
@@ -112,6 +116,54 @@ def test_where_infinity_means_something_it_stands(path: Path) -> None:
     for field in ("train.max_grad_norm", "merge.guard.margin"):
         with pytest.raises(ConfigError, match=f"`{field}`: Input should be greater than"):
             load(path, (f"{field}=.nan",))
+
+
+IDLE = [
+    ({"parametrisation": "free", "temperature": 0.5}, "one of softmax, sigmoid"),
+    ({"objective": "entropy", "num_tokens": 3}, "one of vocabulary_entropy"),
+    ({"objective": "clicks", "divergence_weight": 0.0}, "one of anchored"),
+    ({"objective": "entropy", "spread_weight": 2.0}, "one of anchored"),
+    ({"objective": "distillation", "max_entropy_share": 1.0}, "one of anchored"),
+    (
+        {"objective": "distillation", "prompts_of": "scored_users"},
+        "one of entropy, vocabulary_entropy, anchored, clicks",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "takers"), IDLE, ids=lambda one: str(one))
+def test_a_setting_without_a_part_is_refused(
+    path: Path, fields: dict[str, object], takers: str
+) -> None:
+    """Of the cocktail, of a mix by its side, and at a point of a search; not at its default."""
+    (by, value), (name, _) = fields.items()
+    words = f"`{name}` has no part in `{by}: {value}`; leave it out, or take {takers}"
+    given = ", ".join(f"{key}: {one}" for key, one in fields.items())
+    point = ", ".join(f"{key}: [{one}]" for key, one in fields.items())
+    of_a_mix = f"merge.mixes={{a: {{method: learned, {given}}}}}"
+    for override in (of_a_mix, f"merge.search={{{point}}}"):
+        with pytest.raises(ConfigError) as caught:
+            load(path, (override,))
+        assert words in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ConfigError) as caught:
+        load(path, tuple(f"merge.{key}={one}" for key, one in fields.items()))
+    assert str(caught.value) == f"{path}: `merge`: {words}"
+    default = LearnedMix.model_fields[name].default
+    load(path, (f"merge.{by}={value}", f"merge.{name}={default}"))
+
+
+def test_a_setting_beside_a_search_needs_a_part_in_some_of_it(path: Path) -> None:
+    """Where it has none it stands at its default, so that equal mixes are one."""
+    search = "merge.search={objective: [entropy, anchored], num_epochs: [1, 2]}"
+    made = load(path, (search, "merge.spread_weight=2"))
+    found = {(one.merge.objective, one.merge.spread_weight) for one in made.variants()}
+    assert found == {("entropy", 1.0), ("anchored", 2.0)}
+    assert recipes.mixes(made)["cocktail"] == LearnedMix(
+        num_prompts=6, num_epochs=1, batch_size=3, max_titles=5
+    )
+    with pytest.raises(ConfigError, match="`num_tokens` has no part in any setting of `search`"):
+        load(path, (search, "merge.num_tokens=3"))
 
 
 def test_a_mix_needs_two_adapters_and_not_a_spirit(path: Path) -> None:

@@ -193,6 +193,7 @@ def plain(objective: str, **settings: object) -> LearnedMix:
 
 TARGETS = (1, 2, 3, 4, 5, 6, 8, 9)  # 0 and 7 are in the history
 CLICKS = [replace(prompt, target=at) for prompt, at in zip(PROMPTS, TARGETS, strict=True)]
+ALL_COUNT = {"anchored": {"max_entropy_share": 1.0}}
 CALIBRATION = CalibratedScore(0.7, 0.4, np.linspace(0.0, 2.0, len(TITLES)))
 KINDS: list[dict[str, object]] = [
     {"objective": "entropy", "score": "calibrated"},
@@ -277,7 +278,7 @@ def test_clicks_are_read_where_they_are_the_objective(ranker: Ranker) -> None:
 @pytest.mark.parametrize("objective", ["anchored", "distillation"])
 def test_objectives_with_anchors_by_another_path(ranker: Ranker, objective: str) -> None:
     adapters = [random_adapter(1), random_adapter(2)]
-    config = plain(objective, num_epochs=1, max_entropy_share=1.0)
+    config = plain(objective, num_epochs=1, **ALL_COUNT.get(objective, {}))
     (step,) = learn(ranker, adapters, PROMPTS, config)
     mix = AdapterMix(adapters)
     found = []
@@ -331,8 +332,13 @@ def test_weights_are_equal_within_a_group(ranker: Ranker, granularity: str) -> N
 def test_a_step_of_gradient_descent_is_the_slope(ranker: Ranker, objective: str) -> None:
     """With free weights and SGD at rate 1 the first step is the slope itself, measured here."""
     adapters = [random_adapter(1), random_adapter(2)]
-    common = {"granularity": "layer", "parametrisation": "free", "optimizer": "sgd"}
-    config = plain(objective, num_epochs=1, learning_rate=1.0, max_entropy_share=1.0, **common)
+    common: dict[str, object] = {
+        "granularity": "layer",
+        "parametrisation": "free",
+        "optimizer": "sgd",
+    }
+    common |= ALL_COUNT.get(objective, {})
+    config = plain(objective, num_epochs=1, learning_rate=1.0, **common)
     (step,) = learn(ranker, adapters, CLICKS, config)
     rows = {name.split(".")[2]: row for name, row in step.weights.items()}
     # Shifted adapters at the uniform start are the shifted weights: b (1 + 2 d) at 1/2 is 1/2 + d.
