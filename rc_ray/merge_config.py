@@ -236,6 +236,15 @@ class MergeConfig(MergeSetting):
         """Whether validation users choose a setting, who then cannot be the guard's."""
         return self.search is not None and self.choose_by == "valid_ndcg"
 
+    @property
+    def spares_scored_users(self) -> bool:
+        """Whether clicks choose among settings of which some learn on histories with these clicks.
+
+        Who is scored then chooses only where there are too few others.
+        """
+        settings = self.settings() if self.is_chosen_by_clicks else ()
+        return any(setting.prompts_of == "scored_users" for setting in settings)
+
     def settings(self) -> tuple[MergeSetting, ...]:
         """One per point of the grid and draw of `search`; the only one where there is no search.
 

@@ -22,8 +22,20 @@ MEND = (
 """What helps where memory runs out."""
 
 
-def make_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[str, Any]:
+def make_order(
+    experiment: Experiment,
+    folder: RunFolder,
+    domain: str,
+    *,
+    searching: Experiment | None = None,
+) -> dict[str, Any]:
     """What the task of one domain needs to know.
+
+    Args:
+        experiment: whose mixes they are.
+        folder: the run's.
+        domain: its name.
+        searching: the experiment that found this one by a search.
 
     Raises:
         ArtifactError: the domain or one of the adapters is not there yet.
@@ -33,7 +45,8 @@ def make_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[s
     return {
         **open_order(experiment, folder, domain),
         "mixes": {
-            name: plan_mix(experiment, folder, domain, name) for name in recipes.mixes(experiment)
+            name: plan_mix(experiment, folder, domain, name, searching=searching)
+            for name in recipes.mixes(experiment)
         },
         "work": str(folder.mix_work_dir(domain)),
         "target": str(folder.cocktail_dir(domain)),
@@ -60,6 +73,7 @@ def open_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[s
         "negatives": experiment.data.negatives,
         "evaluate": experiment.evaluate.model_dump(mode="json"),
         "is_chosen_by_clicks": merge.is_chosen_by_clicks,
+        "spares_scored_users": merge.spares_scored_users,
         "num_cpus": merge.cpus_per_task,
         "use_gpu": merge.gpus_per_task > 0,
         "tokens_per_batch": experiment.evaluate.tokens_per_batch,
@@ -69,13 +83,20 @@ def open_order(experiment: Experiment, folder: RunFolder, domain: str) -> dict[s
     }
 
 
-def plan_mix(experiment: Experiment, folder: RunFolder, domain: str, name: str) -> dict[str, Any]:
-    """One mix: its settings, and what it is known by.
+def plan_mix(
+    experiment: Experiment,
+    folder: RunFolder,
+    domain: str,
+    name: str,
+    *,
+    searching: Experiment | None = None,
+) -> dict[str, Any]:
+    """One mix: its settings, and what it is known by; arguments as in `recipes.mix`.
 
     Raises:
         ArtifactError: the domain or one of the adapters is not there yet.
     """
-    recipe = recipes.mix(experiment, domain, name)
+    recipe = recipes.mix(experiment, domain, name, searching=searching)
     inputs = recipe.inputs(folder)
     known = artifacts.fingerprint(config=recipe.config, seed=experiment.seed, inputs=inputs)
     return {"config": recipe.config, "inputs": inputs, "fingerprint": known}
@@ -105,7 +126,7 @@ def plan_trial(
     merge = experiment.merge
     variant = experiment.model_copy(update={"merge": merge.at(setting)})
     recipe = recipes.merge_trial(experiment, variant, domain)
-    mix = plan_mix(variant, folder, domain, "cocktail")
+    mix = plan_mix(variant, folder, domain, "cocktail", searching=experiment)
     inputs = mix["inputs"]
     return MergeTrial(
         domain=domain,
@@ -155,6 +176,7 @@ def trial_order(
     # As many as there are where the domain has the prompts.
     num_steps = merge.num_epochs * -(-merge.num_prompts // merge.batch_size)
     opened = open_order(trial.variant, folder, trial.domain)
+    opened["spares_scored_users"] = experiment.merge.spares_scored_users
     return {
         "domain": trial.domain,
         "label": trial.label,

@@ -78,7 +78,7 @@ def transductive_cases(
 def guard_cases(
     cases: Sequence[RankingCase], num_users: int, seed: int, prompted: Collection[str] = ()
 ) -> list[RankingCase]:
-    """Validation clicks that the guard compares systems on.
+    """Validation clicks that systems, or settings of a search, are compared on.
 
     A test history holds the validation click, so who lent one to the learning of the weights is
     asked only where there are too few others.
@@ -96,7 +96,11 @@ def guard_cases(
 
 
 def valid_parts(
-    domain: Domain, num_users: int, seed: int, prompted: Collection[str] = ()
+    domain: Domain,
+    num_users: int,
+    seed: int,
+    prompted: Collection[str] = (),
+    spared: Collection[str] = (),
 ) -> tuple[list[RankingCase], list[RankingCase]]:
     """Validation users in two parts that share nobody: those who choose, and some of the others.
 
@@ -108,9 +112,10 @@ def valid_parts(
             choose.
         seed: of the samples.
         prompted: see `guard_cases`, of the second part.
+        spared: ids of the users who choose only where there are too few others.
     """
     cases = domain.cases("valid", "warm")
-    choosing = sample(cases, min(num_users, -(-len(cases) // 2)), seed)
+    choosing = guard_cases(cases, min(num_users, -(-len(cases) // 2)), seed, spared)
     taken = {case.user_id for case in choosing}
     others = [case for case in cases if case.user_id not in taken]
     return choosing, guard_cases(others, num_users, seed, prompted)

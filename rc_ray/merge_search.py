@@ -272,10 +272,10 @@ def _chosen(
         console.note(precision)
     table = folder.mix_work_dir(domain) / "trials.parquet"
     write_trials(table, trials, best, problems)
-    made = make_order(best.variant, folder, domain)
+    made = make_order(best.variant, folder, domain, searching=experiment)
     made["mixes"]["cocktail"]["folder"] = str(best.mix_dir)
     # Known by the whole search, and read by it: the adapters of every setting.
-    kept = ("config", "inputs", "fingerprint", "is_chosen_by_clicks")
+    kept = ("config", "inputs", "fingerprint", "is_chosen_by_clicks", "spares_scored_users")
     return {
         **made,
         **{name: order[name] for name in kept},

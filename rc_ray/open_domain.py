@@ -23,6 +23,7 @@ from rc_ray.guard_scores import judge
 from rc_ray.merge_config import GuardConfig
 from rc_ray.merge_prompts import (
     guard_cases,
+    scored_cases,
     transductive_cases,
     unlabeled_prompts,
     valid_parts,
@@ -107,7 +108,7 @@ class OpenDomain:
         """Validation clicks that the guard compares systems on; of none who chose a setting."""
         num_users, seed = self.guard.num_valid_users, self.order["split_seed"]
         if self.order["is_chosen_by_clicks"]:
-            return valid_parts(self.domain, num_users, seed, self.prompted)[1]
+            return valid_parts(self.domain, num_users, seed, self.prompted, self.spared)[1]
         cases = self.domain.cases("valid", "warm")
         return guard_cases(cases, num_users, seed, self.prompted)
 
@@ -128,7 +129,18 @@ class OpenDomain:
     def choosing_cases(self) -> list[RankingCase]:
         """Validation clicks that choose before the guard is asked."""
         num_users, seed = self.guard.num_valid_users, self.order["split_seed"]
-        return valid_parts(self.domain, num_users, seed)[0]
+        return valid_parts(self.domain, num_users, seed, spared=self.spared)[0]
+
+    @cached_property
+    def spared(self) -> frozenset[str]:
+        """Users whose test histories, validation click included, may teach some setting's weights.
+
+        All who are scored, so that trials of any setting and the guard know the same ones.
+        """
+        if not self.order["spares_scored_users"]:
+            return frozenset()
+        num_users, seed = self.evaluate.num_test_users, self.order["split_seed"]
+        return frozenset(case.user_id for case in scored_cases(self.domain, num_users, seed))
 
     def judged(
         self, adapters: Mapping[str, Adapter], cases: Sequence[RankingCase] | None = None

@@ -153,8 +153,17 @@ def mixes(experiment: Experiment) -> dict[str, MixConfig]:
     return {**found, **experiment.merge.mixes}
 
 
-def mix(experiment: Experiment, domain: str, name: str) -> Recipe:
-    """Of one mix alone, so that another mix in the file does not make it stale."""
+def mix(
+    experiment: Experiment, domain: str, name: str, *, searching: Experiment | None = None
+) -> Recipe:
+    """Of one mix alone, so that another mix in the file does not make it stale.
+
+    Args:
+        experiment: whose mix it is.
+        domain: its name.
+        name: of the mix.
+        searching: the experiment that tries this one as a setting; it says who chooses.
+    """
     config = mixes(experiment)[name]
     shaping: dict[str, Any] = {
         "mix": config.model_dump(mode="json"),
@@ -164,7 +173,7 @@ def mix(experiment: Experiment, domain: str, name: str) -> Recipe:
     if name == "random_spirit":
         shaping["random"] = ["spirit"]
     if _is_calibrated(config):
-        shaping["scores"] = _choosing(experiment)  # by equal weights
+        shaping["scores"] = _choosing(searching or experiment)  # by equal weights
     if _is_transductive(config):
         shaping["num_test_users"] = experiment.evaluate.num_test_users
     if _is_weighed(config):
@@ -180,7 +189,7 @@ def merge_trial(experiment: Experiment, variant: Experiment, domain: str) -> Rec
         variant: the same at one setting.
         domain: its name.
     """
-    made = mix(variant, domain, "cocktail")
+    made = mix(variant, domain, "cocktail", searching=experiment)
     config = {
         **made.config,
         "choose_by": experiment.merge.choose_by,
@@ -207,7 +216,7 @@ def cocktail(experiment: Experiment, domain: str) -> Recipe:
     is_scored = any(_is_calibrated(config) for one in variants for config in mixes(one).values())
     # All of these calibrate as the evaluation does.
     if merge.guard.enabled or merge.is_chosen_by_clicks or is_scored:
-        shaping["scores"] = _scores(experiment)
+        shaping["scores"] = _scores(experiment) | _spared(experiment)
     if any(_is_weighed(config) for config in mixes(experiment).values()):
         shaping["adapters"] = list(adapters(experiment, domain))
     mixed = dict.fromkeys(place for one in variants for place in adapters(one, domain).values())
@@ -228,7 +237,15 @@ def _objective_seed(experiment: Experiment) -> dict[str, Any]:
 
 def _choosing(experiment: Experiment) -> dict[str, Any]:
     """How validation users choose before the guard asks anybody."""
-    return _scores(experiment) | {"num_valid_users": experiment.merge.guard.num_valid_users}
+    num_users = experiment.merge.guard.num_valid_users
+    return _scores(experiment) | {"num_valid_users": num_users} | _spared(experiment)
+
+
+def _spared(experiment: Experiment) -> dict[str, Any]:
+    """How many users are scored, where those are not to choose; unsaid where anybody may."""
+    if not experiment.merge.spares_scored_users:
+        return {}
+    return {"spared_test_users": experiment.evaluate.num_test_users}
 
 
 def _is_weighed(config: MixConfig) -> bool:

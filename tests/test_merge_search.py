@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,11 @@ from rc_ray.core.domains import Domain, RankingCase, read_domain
 from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.merge_choice import MergeTrial, best_trial, sentence, told, write_summary, write_trials
 from rc_ray.merge_plan import make_order, plan_trials, trial_order
-from rc_ray.merge_prompts import valid_parts
+from rc_ray.merge_prompts import scored_cases, valid_parts
+from rc_ray.merge_search import _chosen
 from rc_ray.merge_trial import mix_cocktail
+from rc_ray.open_domain import OpenDomain
+from rc_ray.progress import Progress
 from rc_ray.sweep_plan import ERROR
 from rc_ray.trial_process import fail
 from tests.conftest import Factory
@@ -335,15 +339,7 @@ def test_who_chooses_does_not_guard() -> None:
 
     def domain(num_users: int) -> Domain:
         cases = [RankingCase(f"u{n}", (0,), target=1, candidates=(0, 1)) for n in range(num_users)]
-        return Domain(
-            name="films",
-            item_ids=("a", "b"),
-            titles=("A", "B"),
-            num_train=np.ones(2, dtype=np.int64),
-            cold=np.zeros(2, dtype=bool),
-            train=((0, 1),),
-            cases_by_kind={("valid", "warm", "scored"): cases},
-        )
+        return domain_of(cases)
 
     for num_users, sizes in ((7, (3, 3)), (5, (3, 2)), (1, (1, 0)), (0, (0, 0))):
         parts = valid_parts(domain(num_users), 3, seed=0)
@@ -351,6 +347,87 @@ def test_who_chooses_does_not_guard() -> None:
         assert tuple(map(len, users)) == sizes
         assert not users[0] & users[1]
     assert valid_parts(domain(7), 3, seed=0) == valid_parts(domain(7), 3, seed=0)
+
+
+def test_the_choosing_users_are_others_than_those_whose_histories_may_be_prompts() -> None:
+    """Of seven users five are spared; at most three choose, or half where they are fewer."""
+    cases = [RankingCase(f"u{n}", (0,), target=1, candidates=(0, 1)) for n in range(7)]
+    spared = {f"u{n}" for n in range(5)}
+    for num_users, wanted in ((1, 1), (2, 2), (3, 2), (9, 2)):
+        parts = valid_parts(domain_of(cases), num_users, seed=0, spared=spared)
+        choosing, guarding = ({case.user_id for case in part} for part in parts)
+        assert len(choosing) == min(num_users, 4)
+        assert len(choosing - spared) == wanted
+        assert not choosing & guarding
+    everybody = {case.user_id for case in cases}
+    for spared in (set(), everybody):  # nobody to prefer: the draw of always
+        again = valid_parts(domain_of(cases), 3, seed=0, spared=spared)
+        assert again == valid_parts(domain_of(cases), 3, seed=0)
+
+
+TRANSDUCTIVE = "merge.search={prompts_of: [other_users, scored_users]}"
+
+
+@pytest.mark.parametrize("score", ["likelihood", "calibrated"])
+def test_trial_and_guard_draw_the_same_choosing_users(make_run: Factory, score: str) -> None:
+    """None of them is scored, so none lends a test history to any setting."""
+    few = ("evaluate.num_test_users=10", "merge.guard.num_valid_users=6", f"merge.score={score}")
+    experiment = with_adapters(make_run(*BOTH, TRANSDUCTIVE, *few))
+    run = RunFolder(experiment.run_dir)
+    trials = plan_trials(experiment, run, "tools")
+    orders = [trial_order(experiment, run, one, Path("model"))["opened"] for one in trials]
+    searching = make_order(experiment, run, "tools")
+    orders += [of_the_best(experiment, one, searching) for one in trials]
+    domain = read_domain(run.domain_dir("tools"))
+    scored = {case.user_id for case in scored_cases(domain, 10, experiment.split_seed)}
+    assert len(scored) == 10
+    chosen = [{case.user_id for case in OpenDomain(order).choosing_cases} for order in orders]
+    assert len(chosen) == 4
+    assert all(users == chosen[0] for users in chosen)
+    assert len(chosen[0]) == 6
+    assert not chosen[0] & scored
+    for order in orders[2:]:
+        asked = {case.user_id for case in OpenDomain(order).valid_cases}
+        assert len(asked) == 6
+        assert not asked & chosen[0]
+    # Without such a setting the draw is what it was.
+    plain = with_adapters(make_run(*BOTH, GRID, *few))
+    order = make_order(plain, RunFolder(plain.run_dir), "tools")
+    expected = valid_parts(domain, 6, plain.split_seed)
+    assert OpenDomain(order).choosing_cases == expected[0]
+    assert OpenDomain(order).valid_cases == expected[1]
+    assert {case.user_id for case in expected[0]} & scored
+
+
+def test_other_choosing_users_make_other_trials_and_nothing_else(make_run: Factory) -> None:
+    """What is known by no users, or chosen without clicks, stays what it was."""
+
+    def keys(*overrides: str) -> list[bool]:
+        experiment = make_run(*BOTH, "evaluate.num_test_users=10", *overrides)
+        found = [recipes.cocktail(experiment, "tools").config.get("scores") or {}]
+        for one in experiment.variants():
+            found.append(recipes.merge_trial(experiment, one, "tools").config.get("scores") or {})
+            made = recipes.mix(one, "tools", "cocktail", searching=experiment)
+            found.append(made.config.get("scores") or {})
+        assert all(one.get("spared_test_users", 10) == 10 for one in found)
+        return ["spared_test_users" in one for one in found]
+
+    assert keys(TRANSDUCTIVE) == [True, True, False, True, False]
+    assert keys(TRANSDUCTIVE, "merge.score=calibrated") == [True] * 5
+    learned_on_others = "merge.search={granularity: [model, linear]}"
+    assert not any(keys(learned_on_others, "merge.score=calibrated"))
+    assert not any(keys("merge.prompts_of=scored_users", "merge.score=calibrated"))
+    scored = "merge.prompts_of=scored_users"
+    assert not any(keys(learned_on_others, scored, "merge.choose_by=objective"))
+
+
+def of_the_best(experiment: Experiment, trial: MergeTrial, order: dict[str, Any]) -> dict[str, Any]:
+    """The domain's order once a trial is chosen, as the search hands it on."""
+    finish(trial, ndcg=1.0)
+    run = RunFolder(experiment.run_dir)
+    made = _chosen(experiment, run, order, [trial], {}, Progress(stream=io.StringIO()))
+    (trial.folder / artifacts.MANIFEST).unlink()
+    return made
 
 
 @pytest.mark.parametrize("seed", [None, 5])
@@ -441,3 +518,15 @@ def plan(experiment: Experiment) -> list[MergeTrial]:
 def valid_parts_of(experiment: Experiment) -> tuple[list[RankingCase], list[RankingCase]]:
     domain = read_domain(RunFolder(experiment.run_dir).domain_dir("tools"))
     return valid_parts(domain, experiment.merge.guard.num_valid_users, experiment.split_seed)
+
+
+def domain_of(cases: list[RankingCase]) -> Domain:
+    return Domain(
+        name="films",
+        item_ids=("a", "b"),
+        titles=("A", "B"),
+        num_train=np.ones(2, dtype=np.int64),
+        cold=np.zeros(2, dtype=bool),
+        train=((0, 1),),
+        cases_by_kind={("valid", "warm", "scored"): cases},
+    )
