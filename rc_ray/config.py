@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from rc_ray.data_config import DataConfig, Section
+from rc_ray.data_config import DataConfig, Section, refuse_repeats
 from rc_ray.errors import ConfigError
 from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.merge_config import MergeConfig
@@ -146,6 +146,7 @@ class Experiment(Section):
         field = "merge.neighbours" if self.merge.search is None else "merge.search.neighbours"
         settings = [one.merge for one in self.variants()]
         for named in (setting.neighbours for setting in settings):
+            refuse_repeats(field, () if named == "all" else named)
             strangers = [one for one in named if one not in self.data.ingredients]
             if named != "all" and strangers:
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +23,18 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+def refuse_repeats(field: str, names: Sequence[str]) -> None:
+    """Raise where a field lists a domain more than once.
+
+    Raises:
+        ValueError: names the field and the domains.
+    """
+    twice = list(dict.fromkeys(name for name in names if names.count(name) > 1))
+    if twice:
+        each = "each " if len(twice) > 1 else "it "
+        raise ValueError(f"`{field}` names {', '.join(twice)} more than once; name {each}once")
 
 
 class ColumnMap(Section):
@@ -153,6 +166,8 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _roles(self) -> DataConfig:
         roles = ("spirit", "ingredients", "guests")
+        for role in roles:
+            refuse_repeats(role, getattr(self, role))
         for one, other in itertools.combinations(roles, 2):
             both = sorted(set(getattr(self, one)) & set(getattr(self, other)))
             if both:
