@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from rc_ray.core.domains import Domain, RankingCase, sample
 from rc_ray.core.predictions import UnlabeledPrompt
 from rc_ray.core.pseudo_users import pseudo_users
@@ -21,7 +23,8 @@ def prompts_for(
 ) -> list[UnlabeledPrompt]:
     """The prompts that a mix is learned on; their next items only where the objective is of clicks.
 
-    `objective: distillation` gets made-up users and reads no log at all.
+    `objective: distillation` gets users made up from titles that are not held out, and reads no log
+    at all.
 
     Args:
         domain: prepared.
@@ -37,7 +40,8 @@ def prompts_for(
     with_target = isinstance(config, SearchedMix) or config.objective == "clicks"
     if isinstance(config, LearnedMix):
         if config.objective == "distillation":
-            return pseudo_users(domain.titles, config.num_prompts, seed)
+            warm = np.flatnonzero(~domain.cold).astype(np.int32)
+            return pseudo_users(domain.titles, config.num_prompts, seed, items=warm)
         if config.prompts_of == "scored_users":
             scored = transductive_cases(
                 domain, config, seed, num_test_users=num_test_users, split_seed=split_seed

@@ -55,6 +55,10 @@ _EXECUTION: dict[str, set[str]] = {
 }
 """Fields that say how a stage runs, not what comes out."""
 
+_MADE_UP_FROM = "titles that are not held out"
+"""What `objective: distillation` makes users up from. Mixes from before, whose users had held-out
+titles too, do not say it, and are stale."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -176,6 +180,8 @@ def mix(
         shaping["scores"] = _choosing(searching or experiment)  # by equal weights
     if _is_transductive(config):
         shaping["num_test_users"] = experiment.evaluate.num_test_users
+    if _is_made_up(config):
+        shaping["made_up_from"] = _MADE_UP_FROM
     if _is_weighed(config):
         shaping["adapters"] = list(adapters(experiment, domain))
     return Recipe(shaping, (*adapters(experiment, domain).values(), f"data/{domain}"))
@@ -217,6 +223,8 @@ def cocktail(experiment: Experiment, domain: str) -> Recipe:
     # All of these calibrate as the evaluation does.
     if merge.guard.enabled or merge.is_chosen_by_clicks or is_scored:
         shaping["scores"] = _scores(experiment) | _spared(experiment)
+    if any(_is_made_up(config) for one in variants for config in mixes(one).values()):
+        shaping["made_up_from"] = _MADE_UP_FROM
     if any(_is_weighed(config) for config in mixes(experiment).values()):
         shaping["adapters"] = list(adapters(experiment, domain))
     mixed = dict.fromkeys(place for one in variants for place in adapters(one, domain).values())
@@ -255,6 +263,10 @@ def _is_weighed(config: MixConfig) -> bool:
 
 def _is_transductive(config: MixConfig) -> bool:
     return isinstance(config, LearnedMix) and config.prompts_of == "scored_users"
+
+
+def _is_made_up(config: MixConfig) -> bool:
+    return isinstance(config, LearnedMix) and config.objective == "distillation"
 
 
 def _is_calibrated(config: MixConfig) -> bool:

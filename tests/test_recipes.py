@@ -59,3 +59,21 @@ def test_given_weights_belong_to_adapters_in_their_order(
     for name in ("ties", "cocktail", "uniform"):
         alike, again = (recipes.mix(experiment, "tools", name) for experiment in (one, two))
         assert known_by(alike) == known_by(again)
+
+
+def test_only_mixes_of_made_up_users_say_what_these_are_made_up_from(path: Path) -> None:
+    """A key of their own: sealed before it was there, they are stale, and no other mix is."""
+    mixes = "merge.mixes={taught: {method: learned, objective: distillation}, ties: {method: ties}}"
+    experiment = load(path, (mixes,))
+    said = {"made_up_from": "titles that are not held out"}
+    told = {
+        name: recipes.mix(experiment, "tools", name).config for name in recipes.mixes(experiment)
+    }
+    assert {name for name, config in told.items() if said.items() <= config.items()} == {"taught"}
+    assert said.items() <= recipes.cocktail(experiment, "tools").config.items()
+    without = load(path, ("merge.mixes={ties: {method: ties}}",))
+    assert "made_up_from" not in recipes.cocktail(without, "tools").config
+    searched = load(path, ("merge.search={objective: [entropy, distillation]}",))
+    assert said.items() <= recipes.cocktail(searched, "tools").config.items()
+    trials = [recipes.merge_trial(searched, one, "tools").config for one in searched.variants()]
+    assert ["made_up_from" in config for config in trials] == [False, True]

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from rc_ray.core import ranking
+from rc_ray.core.domains import Domain
+from rc_ray.core.histories import Histories
 from rc_ray.core.model import AdapterMix
 from rc_ray.core.objectives import Outcome, mean_entropy
 from rc_ray.core.predictions import CalibratedScore, Predictions, PromptBatch, UnlabeledPrompt
 from rc_ray.core.pseudo_users import pseudo_users
 from rc_ray.core.ranking import Ranker
+from rc_ray.merge_config import LearnedMix
+from rc_ray.merge_prompts import prompts_for
 from tests.core.small_catalogue import PROMPTS, TITLES, make_ranker
 from tests.core.test_model import random_adapter
 
@@ -178,6 +182,29 @@ def test_made_up_users_are_the_catalogue_alone() -> None:
     assert len(pseudo_users(TITLES[:5], 1, seed=0)[0].candidates) == 4
     with pytest.raises(ValueError, match="three titles"):
         pseudo_users(["A", "A", "B"], 3, seed=0)
+
+
+def test_made_up_users_have_no_title_that_is_held_out() -> None:
+    """Six titles of which three are cold: everybody has one of the others, and chooses of two."""
+    cold = np.array([False, True, False, True, True, False])
+    domain = Domain(
+        name="shop",
+        item_ids=tuple("abcdef"),
+        titles=("A", "B", "C", "D", "E", "F"),
+        num_train=np.zeros(6, dtype=np.int64),
+        cold=cold,
+        train=Histories.of([]),
+    )
+    config = LearnedMix(objective="distillation", num_prompts=99)
+    users = prompts_for(domain, config, 5, num_test_users=None, split_seed=0)
+    assert sorted((user.history, tuple(sorted(user.candidates))) for user in users) == [
+        (("A",), (2, 5)),
+        (("C",), (0, 5)),
+        (("F",), (0, 2)),
+    ]
+    cold[0] = True
+    with pytest.raises(ValueError, match="three titles or more that are not held out"):
+        prompts_for(domain, config, 5, num_test_users=None, split_seed=0)
 
 
 def test_targets_by_position_and_by_title(ranker: Ranker) -> None:
