@@ -42,6 +42,10 @@ class RunFolder:
     def domain_dir(self, domain: str) -> Path:
         return self.root / "data" / domain
 
+    def held_out_dir(self, domain: str) -> Path:
+        """What a tested domain keeps from other domains' ingredients that are mixed on it."""
+        return self.root / "held_out" / domain
+
     def prior_dir(self, domain: str) -> Path:
         """A popularity prior that was refreshed from a newer log; absent where none was."""
         return self.root / "priors" / domain

@@ -260,6 +260,25 @@ class Experiment(Section):
         own = ("ingredient",) if domain in data.ingredients else ()
         return (*(("spirit",) if data.spirit else ()), *own, *others)
 
+    def held_out_by(self, domain: str) -> tuple[str, ...]:
+        """The tested domains whose held-out titles and users a domain must not train on.
+
+        All of them for a domain of the spirit, which is mixed and compared everywhere. For an
+        ingredient domain those on which its ingredient is mixed beside or in place of their own: as
+        a neighbour, at any setting of a search, or for a guest.
+        """
+        data, merge = self.data, self.merge
+        if domain in data.spirit:
+            return data.tested
+        if domain not in data.ingredients:
+            return ()
+        named = {merge.neighbours}
+        if merge.search is not None and "neighbours" in merge.search:
+            named = {one.neighbours for one in merge.settings()}
+        is_neighbour = any(one == "all" or domain in one for one in named)
+        mixing = (*(data.ingredients if is_neighbour else ()), *data.guests)
+        return tuple(sorted(set(mixing) - {domain}))
+
     @property
     def can_mix(self) -> bool:
         """Whether every tested domain has two adapters or more, at each setting of a search."""

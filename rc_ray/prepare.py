@@ -1,7 +1,9 @@
 """Stage 1: raw logs -> prepared domains in `runs/<name>/data`.
 
-Ingredient domains come first: what they hold out of all training, cold items and cold users, must
-not train a spirit either, so the spirit domains are told.
+Tested domains come first: what they hold out of all training, cold items and cold users, must not
+train a spirit either, so the spirit domains are told. Where ingredients are mixed on other domains
+(`merge.neighbours`, `data.guests`) these domains hold out from them too. Since two domains may hold
+out from each other, what each holds out is then written before any domain is prepared.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from rc_ray.config import Experiment
 from rc_ray.core import sources
 from rc_ray.core.cleaning import DomainError
 from rc_ray.core.domain_files import HELD_OUT_FILE, read_held_out
+from rc_ray.core.held_out import HeldOut
 from rc_ray.core.leaks import LeakError
-from rc_ray.core.preparing import prepare_domain
+from rc_ray.core.preparing import hold_out, prepare_domain
 from rc_ray.core.sources import RawDomain, SourceError
-from rc_ray.core.splits import HeldOut
-from rc_ray.data_config import DataConfig, MovieLensSource, Source
+from rc_ray.data_config import MovieLensSource, Source
 from rc_ray.errors import UserError
 from rc_ray.progress import Progress
 
@@ -33,7 +35,8 @@ class PrepareError(UserError):
 def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Path:
     """Prepare every domain in use; those that stand are kept, also when another one fails.
 
-    Spirit domains wait for the ingredient domains: while one of these fails they are not made.
+    Spirit domains wait for the tested domains: while one of these fails they are not made. So does
+    an ingredient domain for those that hold out from it.
 
     Args:
         experiment: the whole experiment.
@@ -54,32 +57,45 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     console.stage("prepare")
     opened = [_Opened(source) for source in data.sources]
     failures: dict[int, list[UserError]] = {place: [] for place in range(len(opened))}
-    for roles in (data.tested, data.spirit):
-        waiting = roles is data.spirit and any(failures.values())
+    failed: set[str] = set()
+    unreadable: set[int] = set()
+    before = {name: set(experiment.held_out_by(name)) for name in data.domains}
+    apart = {other for name in data.ingredients for other in before[name]}
+    for work, names in (
+        (_hold_out, apart),
+        (_prepare, set(data.tested)),
+        (_prepare, set(data.spirit)),
+    ):
+        lacking = frozenset(failed)
         for place, source in enumerate(opened):
-            wanted = [name for name in sources.domain_names(source.source) if name in roles]
-            if not wanted or failures[place]:
+            own = [one for one in sources.domain_names(source.source) if one in names - failed]
+            if not own or place in unreadable:
                 continue
+            wanted = own if work is _hold_out else [one for one in own if not before[one] & lacking]
             try:
                 source.find(console)
-                if not waiting:
-                    failures[place] += _prepare(experiment, source, wanted, folder, force, console)
+                found = work(experiment, source, wanted, folder, force, console) if wanted else {}
+                failures[place] += found.values()
+                failed.update(found)
             except SourceError as error:
                 failures[place].append(error)
-    found = [failure for one in failures.values() for failure in one]
-    if len(found) == 1:
-        raise found[0]
-    if found:
-        raise PrepareError("\n".join(str(failure) for failure in found))
+                failed.update(own)
+                unreadable.add(place)
+    told = [failure for one in failures.values() for failure in one]
+    if len(told) == 1:
+        raise told[0]
+    if told:
+        raise PrepareError("\n".join(str(failure) for failure in told))
     return folder.domain_dir(data.domains[0]).parent
 
 
-def fingerprint_config(data: DataConfig, source: Source, domain: str) -> dict[str, Any]:
+def fingerprint_config(experiment: Experiment, source: Source, domain: str) -> dict[str, Any]:
     """The settings that shape this prepared domain; where its files lie is none of them.
 
-    A spirit domain names the ingredient domains and their cold fractions where these hold anything
-    out; what they hold out in fact is among its inputs.
+    A spirit domain, and one whose ingredient is mixed on others, names the domains that hold out
+    from it; what they hold out in fact is among its inputs.
     """
+    data = experiment.data
     is_tested = domain in data.tested
     config = {
         "domain": domain,
@@ -95,13 +111,21 @@ def fingerprint_config(data: DataConfig, source: Source, domain: str) -> dict[st
     if not is_tested:
         for field in ("unlabeled_fraction", "few_shot_user_fraction", "num_few_shot"):
             del config[field]
-        config["held_out_by"] = list(data.tested)
+    held_out_by = list(experiment.held_out_by(domain))
+    if held_out_by or not is_tested:
+        config["held_out_by"] = held_out_by
     return config
 
 
-def held_out_inputs(data: DataConfig, folder: RunFolder) -> dict[str, str]:
-    """Digests of what the ingredient domains hold out, by path in the run folder."""
-    paths = {name: folder.domain_dir(name) / HELD_OUT_FILE for name in data.tested}
+def held_out_inputs(experiment: Experiment, folder: RunFolder, domain: str) -> dict[str, str]:
+    """Digests of what other domains hold out from one, by path in the run folder."""
+    names = experiment.held_out_by(domain)
+    if domain in experiment.data.tested:
+        return {
+            f"held_out/{name}": artifacts.manifest_digest(folder.held_out_dir(name))
+            for name in names
+        }
+    paths = {name: folder.domain_dir(name) / HELD_OUT_FILE for name in names}
     return {
         f"data/{name}/{HELD_OUT_FILE}": artifacts.sha256_file(path) for name, path in paths.items()
     }
@@ -134,6 +158,47 @@ class _Opened:
         return self._raw[domain]
 
 
+def _hold_out(
+    experiment: Experiment,
+    source: _Opened,
+    wanted: Sequence[str],
+    folder: RunFolder,
+    force: bool,
+    console: Progress,
+) -> dict[str, UserError]:
+    """Write what domains of one source hold out from other ingredients; returns what failed."""
+    seed = experiment.split_seed
+    failures: dict[str, UserError] = {}
+    for name in wanted:
+        config = fingerprint_config(experiment, source.source, name)
+        # Neither has a part in what the domain itself holds out.
+        for field in ("held_out_by", "num_training_users"):
+            config.pop(field, None)
+        target, inputs = folder.held_out_dir(name), source.inputs()
+        fingerprint = artifacts.fingerprint(config=config, seed=seed, inputs=inputs)
+        if not force and artifacts.is_finished(target, fingerprint):
+            continue
+        try:
+            metrics = hold_out(
+                source.raw(name),
+                target,
+                experiment.data,
+                seed,
+                fingerprint_config=config,
+                inputs=inputs,
+                say=_Patient(name, console),
+            )
+        except DomainError as error:
+            failures[name] = error
+            continue
+        console.note(
+            f"{name:18} keeps {metrics['held_out_titles']:,} titles, "
+            f"{metrics['held_out_users']:,} users and {metrics['held_clicks']:,} clicks from the "
+            "ingredients of others"
+        )
+    return failures
+
+
 def _prepare(
     experiment: Experiment,
     source: _Opened,
@@ -141,23 +206,22 @@ def _prepare(
     folder: RunFolder,
     force: bool,
     console: Progress,
-) -> list[UserError]:
+) -> dict[str, UserError]:
     """Prepare domains of one source; returns the failures of single domains."""
     data, seed = experiment.data, experiment.split_seed
-    failures: list[UserError] = []
+    failures: dict[str, UserError] = {}
     for name in wanted:
-        inputs = source.inputs()
+        inputs = {**source.inputs(), **held_out_inputs(experiment, folder, name)}
         held_out: HeldOut | None = None
-        if name in data.spirit:
-            inputs = {**inputs, **held_out_inputs(data, folder)}
-        config = fingerprint_config(data, source.source, name)
+        config = fingerprint_config(experiment, source.source, name)
         target = folder.domain_dir(name)
         fingerprint = artifacts.fingerprint(config=config, seed=seed, inputs=inputs)
         if not force and artifacts.is_finished(target, fingerprint):
             console.note(f"{name:18} stands already")
             continue
-        if name in data.spirit:
-            held_out = read_held_out(folder.domain_dir(one) for one in data.tested)
+        if experiment.held_out_by(name):
+            place = folder.domain_dir if name in data.spirit else folder.held_out_dir
+            held_out = read_held_out(map(place, experiment.held_out_by(name)))
         start = time.monotonic()
         try:
             metrics = prepare_domain(
@@ -171,7 +235,7 @@ def _prepare(
                 say=_Patient(name, console),
             )
         except (DomainError, LeakError) as error:
-            failures.append(error)
+            failures[name] = error
             continue
         console.note(summary(name, metrics, time.monotonic() - start))
     return failures

@@ -20,6 +20,8 @@ from rc_ray.prepare import fingerprint_config
 _NAMES = {
     "`made`": "the set of mixes that `merge.mixes` and `evaluate.systems` ask for",
     "`model.content`": "what is noted of the files in the model's folder",
+    "`held_out_by`": "the set of domains on which its adapter is mixed, and whose held-out titles "
+    "and users it must not train on (`data.ingredients`, `data.guests`, `merge.neighbours`),",
 }
 """What a setting is called by that no field of the file is named after."""
 
@@ -155,7 +157,7 @@ def _wanted(
     domain = folder.name
     if folder == run.domain_dir(domain):
         source = next(one for one in experiment.data.sources if domain in domain_names(one))
-        return fingerprint_config(experiment.data, source, domain), None
+        return fingerprint_config(experiment, source, domain), None
     recipe = {
         run.spirit_dir: lambda: recipes.spirit(experiment),
         run.ingredient_dir(domain): lambda: recipes.ingredient(experiment, domain),

@@ -214,6 +214,43 @@ def test_what_is_mixed_follows_from_the_roles(path: Path) -> None:
         load(path, (*both, "merge.neighbours=[tools]", "evaluate.systems=[cocktail]"))
 
 
+def test_who_holds_out_from_whom_follows_from_what_is_mixed(path: Path) -> None:
+    both = ("data.spirit=[]", "data.ingredients=[tools,rivers,lamps]", "evaluate.systems=[base]")
+    guest = ("data.spirit=[]", "data.ingredients=[tools,lamps]", "data.guests=[rivers]")
+    searched = "merge.search={neighbours: [[], [tools]]}"
+    drawn = "merge.search={neighbours: {choice: [[], [lamps]]}, pull: {uniform: [0.0, 1.0]}}"
+    optuna = (drawn, "merge.num_samples=2", "merge.search_algorithm=optuna")
+    for overrides, expected in (
+        ((), {"lamps": ("tools",), "rivers": ("tools",)}),
+        (both, {}),
+        (
+            (*both, "merge.neighbours=all"),
+            {
+                "lamps": ("rivers", "tools"),
+                "rivers": ("lamps", "tools"),
+                "tools": ("lamps", "rivers"),
+            },
+        ),
+        ((*both, "merge.neighbours=[tools]"), {"tools": ("lamps", "rivers")}),
+        ((*both, searched), {"tools": ("lamps", "rivers")}),
+        ((*both, *optuna), {"lamps": ("rivers", "tools")}),
+        ((*both, "merge.neighbours=all", searched), {"tools": ("lamps", "rivers")}),
+        ((*guest, "evaluate.systems=[base]"), {"lamps": ("rivers",), "tools": ("rivers",)}),
+    ):
+        made = load(path, overrides)
+        found = {name: made.held_out_by(name) for name in made.data.domains}
+        assert {name: names for name, names in found.items() if names} == expected
+        # The other way round: every adapter of another tested domain, at every setting.
+        for domain in made.data.ingredients:
+            mixing = {
+                other
+                for one in made.variants()
+                for other in made.data.tested
+                if domain in one.adapter_names(other)
+            }
+            assert set(found[domain]) == mixing
+
+
 def test_train_and_tune_may_say_the_same_form_in_two_ways(path: Path) -> None:
     both = ("train.loss=vocabulary", "tune.loss=vocabulary", "tune.prior_in_loss=false")
     assert not load(path, both).tune.learns_with_prior

@@ -189,7 +189,7 @@ class CandidateDrawer:
         self.lists = config.candidate_lists
         self._domain = domain
         self._cold = result.cold
-        self._num_train = result.num_train
+        self._num_train = result.num_known
         self._seeds = keyed_hashes(domain.user_ids, seed, domain.name, "candidates")
         encoded = domain.categories.dictionary_encode()
         self._num_categories = len(encoded.dictionary)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rc_ray.core.cleaning import CleanDomain
+from rc_ray.core.held_out import CLICKS, HeldOut
 from rc_ray.core.histories import Histories
 from rc_ray.core.splits import (
     COLD_USER,
@@ -23,13 +24,15 @@ from rc_ray.core.splits import (
     TEMPERATURES,
     UNLABELED,
     CaseTable,
-    HeldOut,
     SplitDomain,
+    kept_from_training,
 )
 
 FILES = ("items.parquet", "train.parquet", "valid.parquet", "test.parquet", "candidates.parquet")
 HELD_OUT_FILE = "held_out.parquet"
-"""Titles and users of an ingredient domain that no spirit may see."""
+"""Titles and users of a tested domain that no adapter may see that is mixed on it."""
+HELD_CLICKS_FILE = "held_clicks.parquet"
+"""What else such an adapter may not train on, where it is another domain's ingredient."""
 
 _ROWS = 1 << 17
 _INDICES = pa.list_(pa.int32())
@@ -65,15 +68,30 @@ _HELD_OUT = pa.schema([("kind", pa.string()), ("value", pa.string())])
 
 
 def read_held_out(folders: Iterable[Path]) -> HeldOut:
-    """What prepared ingredient domains keep from the spirit, all of them together."""
+    """What tested domains keep from adapters that are mixed on them, all of them together.
+
+    Args:
+        folders: of prepared domains, or of what was held out before any was prepared.
+    """
+    folders = list(folders)
     tables = [pq.read_table(folder / HELD_OUT_FILE, schema=_HELD_OUT) for folder in folders]
+    clicks = [
+        pq.read_table(path, schema=CLICKS)
+        for folder in folders
+        if (path := folder / HELD_CLICKS_FILE).is_file()
+    ]
     rows = pa.concat_tables([_HELD_OUT.empty_table(), *tables])
 
     def values(kind: str) -> pa.Array:
         found = pc.unique(rows.filter(pc.equal(rows["kind"], kind))["value"])
         return found.take(pc.sort_indices(found))
 
-    return HeldOut(titles=values("title"), user_ids=values("user"))
+    return HeldOut(
+        titles=values("title"),
+        user_ids=values("user"),
+        clicks=pa.concat_tables([CLICKS.empty_table(), *clicks]),
+        by=tuple(folder.name for folder in folders),
+    )
 
 
 def write_block(
@@ -156,6 +174,26 @@ def write_held_out(path: Path, domain: CleanDomain, result: SplitDomain) -> None
     ]
     rows = pa.concat_tables(tables)
     pq.write_table(rows.sort_by([("kind", "ascending"), ("value", "ascending")]), path)
+
+
+def write_held_clicks(path: Path, domain: CleanDomain, result: SplitDomain) -> None:
+    """Write what a domain's training lacks of clicks on warm items, see `kept_from_training`."""
+    rows = np.flatnonzero(kept_from_training(domain, result))
+    user, item = domain.histories.owners[rows], domain.items[rows]
+    tested = result.cases.purpose == PURPOSES.index("test")
+    targets = _pairs(domain, result.cases.user[tested], result.cases.target[tested])
+    columns = [
+        domain.user_ids.take(pa.array(user)),
+        domain.titles.take(pa.array(item)),
+        pa.array(np.isin(_pairs(domain, user, item), targets)),
+    ]
+    pq.write_table(pa.table(columns, schema=CLICKS), path)
+
+
+def _pairs(
+    domain: CleanDomain, user: npt.NDArray[np.integer], item: npt.NDArray[np.integer]
+) -> npt.NDArray[np.int64]:
+    return user.astype(np.int64) * len(domain.item_ids) + item
 
 
 def _tags(names: tuple[str, ...], codes: npt.NDArray[np.uint8]) -> pa.Array:

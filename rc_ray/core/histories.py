@@ -77,6 +77,11 @@ class Histories(Sequence[tuple[int, ...]]):
         starts = np.repeat(self.offsets[rows] - offsets[:-1], lengths)
         return Histories(self.values[starts + np.arange(offsets[-1])], offsets)
 
+    def where(self, kept: npt.NDArray[np.bool_]) -> Histories:
+        """(N,) the sequences with those of their items that an (L,) flag keeps."""
+        lengths = np.bincount(self.owners[kept], minlength=len(self))
+        return Histories(self.values[kept], offsets_of(lengths.astype(np.int64)))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

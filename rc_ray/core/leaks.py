@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from rc_ray.core.cleaning import CleanDomain
+from rc_ray.core.held_out import HeldOut
 from rc_ray.core.histories import Histories, Indices
 from rc_ray.core.pairs import PairSet
 from rc_ray.core.splits import (
@@ -19,8 +21,8 @@ from rc_ray.core.splits import (
     HELD_OUT,
     PURPOSES,
     TEMPERATURES,
+    UNLABELED,
     CaseTable,
-    HeldOut,
     SplitDomain,
 )
 from rc_ray.data_config import DataConfig
@@ -43,12 +45,14 @@ def check_no_leak(
         domain: clean histories.
         result: the split.
         config: the data section.
-        held_out: what the ingredient domains hold out, for a spirit domain.
+        held_out: what the domains hold out on which the adapter of this one is mixed.
 
     Raises:
-        LeakError: a training history holds a cold item, an item of a cold title, or something
-            that its user did not do; a user held out of training trains, or a few-shot user trains
-            more than allowed; with a split by time, something trains that happened at or after the
+        LeakError: a training history holds a cold item, an item of a cold title, a click that
+            another domain's training must lack, or something that its user did not do; a user held
+            out of training trains, or a few-shot user trains more than allowed; a validation case
+            that chooses an adapter has a user, a title or a test target that another domain holds
+            out; with a split by time, something trains that happened at or after the
             first cut-off. A target stands in its user's training history or in its own history; a
             case's history holds a cold item, or what came at or after its target's period; a case
             is of another kind than its tag says.
@@ -57,6 +61,7 @@ def check_no_leak(
     met = _Met(domain, result.cold)
     _check_training(domain, result, config, held_out, met)
     _check_cases(domain, result, config, met)
+    _check_choosing(domain, result, held_out)
 
 
 def check_candidates(domain: CleanDomain, cases: CaseTable, name: str, candidates: Indices) -> None:
@@ -148,6 +153,13 @@ def _check_training(
         owners,
         "an item whose title another domain holds out stands in the training history",
     )
+    lacking = _Clicks(domain, held_out.clicks)
+    _require(
+        domain,
+        ~lacking.holds(owners, items),
+        owners,
+        "a click that another domain keeps from training stands in the training history",
+    )
     excluded = np.asarray(pc.is_in(domain.user_ids, value_set=held_out.user_ids))
     held = excluded | (draws == COLD_USER) | (draws == HELD_OUT)
     users = np.arange(len(train))
@@ -207,6 +219,54 @@ def _check_cases(domain: CleanDomain, result: SplitDomain, config: DataConfig, m
     is_valid = cases.purpose == PURPOSES.index("valid")
     require(~is_valid | (moment < result.cut_offs[1]), "target lies after its period")
     require_item(moments < np.repeat(first, past.lengths), "history reaches into its period")
+
+
+def _check_choosing(domain: CleanDomain, result: SplitDomain, held_out: HeldOut) -> None:
+    """Validation clicks of scored users choose an adapter; those of unlabeled users do not."""
+    cases = result.cases
+    is_valid = cases.purpose == PURPOSES.index("valid")
+    chosen = cases.take(np.flatnonzero(is_valid & (result.draws[cases.user] != UNLABELED)))
+    user, past = chosen.user, chosen.histories
+    owner = user[past.owners]
+    users = np.asarray(pc.is_in(domain.user_ids, value_set=held_out.user_ids))
+    titles = np.asarray(pc.is_in(domain.titles, value_set=held_out.titles))
+    tests = _Clicks(domain, held_out.clicks.filter(held_out.clicks["is_target"]))
+    what = "title that another domain holds out"
+    test = "the test target of its user in another domain"
+    for holds, words in (
+        (~users[user], "case is of a user whom another domain holds out"),
+        (~titles[chosen.target], f"target has a {what}"),
+        (~tests.holds(user, chosen.target), f"target is {test}"),
+    ):
+        _require_case(domain, chosen, holds, words)
+    for holds, words in (
+        (~titles[past.values], f"history holds a {what}"),
+        (~tests.holds(owner, past.values), f"history holds {test}"),
+    ):
+        fine = np.ones(len(chosen), dtype=bool)
+        fine[past.owners[~holds]] = False
+        _require_case(domain, chosen, fine, words)
+
+
+class _Clicks:
+    """Clicks of other domains by user id and title, looked up in this one's."""
+
+    def __init__(self, domain: CleanDomain, clicks: pa.Table) -> None:
+        titles = pc.unique(domain.titles)
+        self._num_titles = len(titles)
+        self._title = np.asarray(pc.index_in(domain.titles, value_set=titles), dtype=np.int64)
+        found = pa.table(
+            {
+                "user": pc.index_in(clicks["user_id"], value_set=domain.user_ids),
+                "title": pc.index_in(clicks["title"], value_set=titles),
+            }
+        ).drop_null()
+        user, title = (np.asarray(found[name], dtype=np.int64) for name in ("user", "title"))
+        self._keys = np.sort(user * self._num_titles + title)
+
+    def holds(self, user: npt.NDArray[np.integer], item: npt.NDArray[np.integer]) -> Flags:
+        keys = np.asarray(user, dtype=np.int64) * self._num_titles + self._title[item]
+        return _among(keys, self._keys)
 
 
 def _pairs(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rc_ray import artifacts
@@ -23,20 +24,23 @@ from rc_ray.core.candidates import BLOCK_CASES, CandidateDrawer
 from rc_ray.core.cleaning import CleanDomain, DomainError, clean, describe
 from rc_ray.core.domain_files import (
     CANDIDATES,
+    HELD_CLICKS_FILE,
     HELD_OUT_FILE,
     write_block,
+    write_held_clicks,
     write_held_out,
     write_tables,
 )
 from rc_ray.core.encoding import Say, silent
+from rc_ray.core.held_out import HeldOut
 from rc_ray.core.leaks import check_candidates, check_no_leak
 from rc_ray.core.sources import RawDomain
 from rc_ray.core.splits import (
+    COLD_USER,
     PURPOSES,
     TEMPERATURES,
     UNLABELED,
     CaseTable,
-    HeldOut,
     SplitDomain,
     split,
 )
@@ -63,7 +67,7 @@ def prepare_domain(
         seed: the experiment's seed.
         fingerprint_config: settings that the manifest records.
         inputs: digests of what was read, recorded likewise.
-        held_out: what the ingredient domains hold out, for a spirit domain.
+        held_out: what the domains hold out on which the adapter of this one is mixed.
         say: told now and then what is being done.
 
     Returns:
@@ -71,7 +75,7 @@ def prepare_domain(
 
     Raises:
         SourceError: the log cannot be read.
-        DomainError: too few users or items are left.
+        DomainError: too few users or items are left, or nothing that may train.
         LeakError: the split would leak.
     """
     domain = clean(raw, config, seed, say)
@@ -97,6 +101,48 @@ def prepare_domain(
             **counts,
             "cut_offs": result.cut_offs,
             "candidates_sha256": artifacts.sha256_file(work / "candidates.parquet"),
+        }
+        artifacts.write_manifest(
+            work,
+            stage="prepare",
+            config=fingerprint_config,
+            seed=seed,
+            inputs=inputs,
+            metrics=metrics,
+        )
+    return metrics
+
+
+def hold_out(
+    raw: RawDomain,
+    folder: Path,
+    config: DataConfig,
+    seed: int,
+    *,
+    fingerprint_config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    say: Say = silent,
+) -> dict[str, Any]:
+    """Write what a tested domain holds out, before it is prepared itself.
+
+    Two domains whose adapters are mixed on each other hold out from each other. Neither could be
+    prepared first, but for this: what a domain holds out follows from its own log alone.
+
+    Args and raises as in `prepare_domain`, except that no split is checked for leaks.
+
+    Returns:
+        The manifest's metrics: how many titles, users and clicks.
+    """
+    domain = clean(raw, config, seed, say)
+    say(f"splitting {len(domain.user_ids):,} users")
+    result = split(domain, config.model_copy(update={"num_training_users": {}}), seed)
+    with artifacts.replaced_dir(folder) as work:
+        write_held_out(work / HELD_OUT_FILE, domain, result)
+        write_held_clicks(work / HELD_CLICKS_FILE, domain, result)
+        metrics: dict[str, Any] = {
+            "held_out_titles": pc.count_distinct(domain.titles.filter(result.cold)).as_py(),
+            "held_out_users": int((result.draws == COLD_USER).sum()),
+            "held_clicks": pq.read_metadata(work / HELD_CLICKS_FILE).num_rows,
         }
         artifacts.write_manifest(
             work,
@@ -227,6 +273,11 @@ def _check_cases(
         )
         if is_ingredient:
             lacking += " or `data.unlabeled_fraction`"
+        if counts.get("valid_cases_held_out_elsewhere"):
+            lacking += (
+                ", or let the ingredient be mixed on fewer domains (`merge.neighbours`, "
+                "`data.guests`), which hold some of its validation users out"
+            )
     elif is_ingredient and not found["valid", "unlabeled"]:
         lacking = "no unlabeled user is left to guide the merge; raise `data.unlabeled_fraction`"
     elif is_ingredient:

@@ -10,16 +10,15 @@ domain; what lies before the first one trains, and the first item after a moment
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from rc_ray.core.cleaning import CleanDomain, DomainError, describe, list_field
 from rc_ray.core.hashing import fractions, keyed_hashes
+from rc_ray.core.held_out import HeldOut, Outside
 from rc_ray.core.histories import Histories, Indices, offsets_of
 from rc_ray.data_config import DataConfig
 
@@ -35,20 +34,6 @@ SCORED, UNLABELED, COLD_USER, FEW_SHOT, HELD_OUT = range(5)
 
 Codes = npt.NDArray[np.uint8]
 Lengths = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What the ingredient domains keep from all training of the spirit."""
-
-    titles: pa.Array
-    """Titles of cold items."""
-    user_ids: pa.Array
-    """Ids of cold users."""
-
-    @classmethod
-    def nothing(cls) -> HeldOut:
-        return cls(pa.array([], pa.string()), pa.array([], pa.string()))
 
 
 @dataclass(frozen=True)
@@ -98,11 +83,19 @@ class SplitDomain:
     cut_offs: tuple[int, int] | None
     """First times of the validation and the test period, in a split by time."""
     counts: dict[str, int]
+    own_train: Histories | None = None
+    """(U,) what would train if other domains held nothing out; null where they do not."""
 
     @property
     def num_train(self) -> npt.NDArray[np.int64]:
         """(I,) training interactions."""
         return np.bincount(self.train.values, minlength=len(self.cold))
+
+    @property
+    def num_known(self) -> npt.NDArray[np.int64]:
+        """(I,) the same, whatever other domains hold out: what negatives are drawn by."""
+        train = self.train if self.own_train is None else self.own_train
+        return np.bincount(train.values, minlength=len(self.cold))
 
 
 def split(
@@ -111,26 +104,28 @@ def split(
     """Split a clean domain.
 
     Spirit domains draw no cold items and no groups of users: nobody is tested for them there. What
-    the ingredient domains hold out is cold there.
+    the tested domains hold out is cold there. A tested domain whose adapter is mixed on others
+    draws, tests and guides as if it stood alone; what the others hold out is taken out of its
+    training histories, and out of the validation that chooses its adapter.
 
     Args:
         domain: clean histories.
         config: the data section.
         seed: the experiment's seed.
-        held_out: what the ingredient domains hold out; used for a spirit domain only.
+        held_out: what the domains hold out on which the adapter of this one is mixed.
 
     Raises:
-        DomainError: too few warm items are left for a list of candidates.
+        DomainError: too few warm items are left for a list of candidates, or nothing that may
+            train.
     """
     is_ingredient = domain.name in config.tested
-    held_out = held_out or HeldOut.nothing()
+    outside = Outside(domain, held_out or HeldOut.nothing())
     if is_ingredient:
         cold = _draw_cold(domain, config, seed)
         draws = _draw_users(domain, config, seed)
     else:
-        cold = np.asarray(pc.is_in(domain.titles, value_set=held_out.titles))
-        outside = np.asarray(pc.is_in(domain.user_ids, value_set=held_out.user_ids))
-        draws = np.where(outside, HELD_OUT, SCORED).astype(np.uint8)
+        cold = outside.items
+        draws = np.where(outside.users, HELD_OUT, SCORED).astype(np.uint8)
     counts = {
         "items_held_out_elsewhere": 0 if is_ingredient else int(cold.sum()),
         "interactions_held_out_elsewhere": 0 if is_ingredient else int(cold[domain.items].sum()),
@@ -154,8 +149,19 @@ def split(
                 f"domain `{domain.name}`: {num_warm} warm items are too few for "
                 f"{list_field(name)} = {candidates.num_negatives} ({describe(domain.counts)})"
             )
-    train = _sampled(_train(warm, draws, config), domain, config, seed)
+    whole = _train(warm, draws, config)
+    train, own_train = _sampled(whole, domain, config, seed), None
     cases = _cases(domain, warm, cold, draws, config, has_cold_cases=is_ingredient)
+    if is_ingredient and held_out is not None:
+        allowed = whole.where(~outside.trains_nothing(whole.owners, whole.values))
+        if not len(allowed.values):
+            raise DomainError(_nothing_to_train_on(domain, held_out))
+        own_train, train = train, _sampled(allowed, domain, config, seed)
+        num_cases, cases = len(cases), _allowed(cases, draws, outside)
+        counts["items_held_out_elsewhere"] = int((outside.items & ~cold).sum())
+        counts["interactions_held_out_elsewhere"] = len(whole.values) - len(allowed.values)
+        counts["users_held_out_elsewhere"] = int(outside.users.sum())
+        counts["valid_cases_held_out_elsewhere"] = num_cases - len(cases)
     counts |= {
         "cold_items": int(cold.sum()),
         "train_histories": int((train.lengths > 0).sum()),
@@ -164,7 +170,43 @@ def split(
         "cold_users": int((draws == COLD_USER).sum()),
         "few_shot_users": int((draws == FEW_SHOT).sum()),
     }
-    return SplitDomain(cold, draws, train, cases, cut_offs, counts)
+    return SplitDomain(cold, draws, train, cases, cut_offs, counts, own_train)
+
+
+def kept_from_training(domain: CleanDomain, result: SplitDomain) -> npt.NDArray[np.bool_]:
+    """(N,) clicks of warm items that do not train, of users who are not held out whole.
+
+    Args:
+        domain: clean histories, N clicks.
+        result: the split, without `data.num_training_users`.
+    """
+    owner = domain.histories.owners
+    is_warm = ~result.cold[domain.items]
+    num_before = offsets_of(is_warm.astype(np.int64))
+    place = num_before[:-1] - num_before[domain.offsets[:-1]][owner]
+    is_late = place >= result.train.lengths[owner]
+    kept: npt.NDArray[np.bool_] = is_warm & is_late & (result.draws[owner] != COLD_USER)
+    return kept
+
+
+def _allowed(cases: CaseTable, draws: Codes, outside: Outside) -> CaseTable:
+    """The cases without what may not choose an adapter that is mixed elsewhere."""
+    chooses = (cases.purpose == PURPOSES.index("valid")) & (draws[cases.user] != UNLABELED)
+    past = cases.histories
+    owner = past.owners
+    gone = chooses[owner] & outside.chooses_nothing(cases.user[owner], past.values)
+    left = past.where(~gone)
+    lost = outside.chooses_nothing(cases.user, cases.target) | (left.lengths == 0)
+    return replace(cases, histories=left).take(np.flatnonzero(~(chooses & lost)))
+
+
+def _nothing_to_train_on(domain: CleanDomain, held_out: HeldOut) -> str:
+    return (
+        f"domain `{domain.name}`: its ingredient is mixed on {', '.join(held_out.by)}, and nothing "
+        "is left to train it on without what is held out there; name fewer domains in "
+        "`merge.neighbours` or `data.guests`, or lower `data.cold_item_fraction` or "
+        f"`data.cold_user_fraction` ({describe(domain.counts)})"
+    )
 
 
 @dataclass(frozen=True)

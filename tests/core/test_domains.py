@@ -14,8 +14,8 @@ from rc_ray.core import domains
 from rc_ray.core.cleaning import DomainError
 from rc_ray.core.domain_files import read_held_out
 from rc_ray.core.domains import Domain, RankingCase
+from rc_ray.core.held_out import HeldOut
 from rc_ray.core.sources import RawDomain
-from rc_ray.core.splits import HeldOut
 from rc_ray.data_config import DataConfig
 from rc_ray.errors import ArtifactError
 from tests.core.small_logs import Row, config, random_raw, raw

@@ -12,6 +12,7 @@ import pytest
 
 from rc_ray.core.candidates import CandidateDrawer
 from rc_ray.core.cleaning import CleanDomain, clean
+from rc_ray.core.held_out import CLICKS, HeldOut
 from rc_ray.core.histories import Histories
 from rc_ray.core.leaks import LeakError, check_candidates, check_no_leak
 from rc_ray.core.splits import (
@@ -20,7 +21,7 @@ from rc_ray.core.splits import (
     PURPOSES,
     SCORED,
     TEMPERATURES,
-    HeldOut,
+    UNLABELED,
     SplitDomain,
     split,
 )
@@ -197,6 +198,52 @@ def test_a_spirit_trains_on_nothing_that_is_held_out() -> None:
     leaky = dataclasses.replace(leaky, train=Histories.of([(), *list(result.train)[1:]]))
     with pytest.raises(LeakError, match="case is of a user who is held out elsewhere"):
         check_no_leak(domain, leaky, settings)
+
+
+def test_what_another_domain_holds_out_trains_and_chooses_no_ingredient() -> None:
+    """Each kind is held out after the split was made without it."""
+    domain, result, settings = sound()
+    cases = result.cases
+    valid = next(
+        i
+        for i in range(len(cases))
+        if cases.name(i) == "warm valid" and result.draws[cases.user[i]] == SCORED
+    )
+    user = domain.user_ids[int(cases.user[valid])].as_py()
+    past, target = cases.histories[valid], int(cases.target[valid])
+    nothing = HeldOut.nothing()
+    untrained = dataclasses.replace(result, train=Histories.of([()] * len(result.train)))
+
+    def titled(item: int) -> pa.Array:
+        return pa.array([domain.titles[item].as_py()])
+
+    def clicked(item: int, is_target: bool) -> HeldOut:
+        row = {"user_id": [user], "title": titled(item), "is_target": [is_target]}
+        return dataclasses.replace(nothing, clicks=pa.table(row, CLICKS))
+
+    only = cases.take(np.array([valid]))
+    alone = dataclasses.replace(untrained, cases=only)
+    title, of_user = (
+        HeldOut(titled(target), nothing.user_ids),
+        HeldOut(nothing.titles, pa.array([user])),
+    )
+    for held_out, leaky, words in (
+        (clicked(past[0], False), result, "a click that another domain keeps from training"),
+        (of_user, untrained, "the warm valid case is of a user whom another domain holds"),
+        (title, alone, "the warm valid target has a title that another domain holds out"),
+        (HeldOut(titled(past[0]), nothing.user_ids), alone, "valid history holds a title that"),
+        (clicked(target, True), untrained, "the warm valid target is the test target of its user"),
+        (clicked(past[0], True), untrained, "the warm valid history holds the test target of"),
+    ):
+        with pytest.raises(LeakError, match=words) as caught:
+            check_no_leak(domain, leaky, settings, held_out)
+        assert f"user `{user}`" in str(caught.value)
+        mended = split(domain, settings, seed=2, held_out=held_out)
+        check_no_leak(domain, mended, settings, held_out)
+    # Another domain's validation click may validate here too, and who is unlabeled chooses nothing.
+    check_no_leak(domain, untrained, settings, clicked(target, False))
+    unlabeled = redrawn(untrained, int(cases.user[valid]), UNLABELED)
+    check_no_leak(domain, unlabeled, settings, of_user)
 
 
 def test_leaks_through_time_are_found() -> None:

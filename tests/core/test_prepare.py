@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,8 +20,9 @@ from rc_ray.core.histories import Histories
 from rc_ray.core.leaks import LeakError
 from rc_ray.core.sources import SourceError
 from rc_ray.core.splits import CaseTable, SplitDomain, split
+from rc_ray.errors import ConfigError
 from rc_ray.progress import Progress
-from rc_ray.status import read_status
+from rc_ray.status import read_status, refuse_stale
 from tests.tiny import make_domain
 
 
@@ -161,6 +163,175 @@ def test_cold_titles_and_users_of_an_ingredient_stay_out_of_the_spirit(experimen
     assert users
     assert not users & trained
     assert not users & set(pq.read_table(folder / "tools" / "train.parquet")["user_id"].to_pylist())
+
+
+MIXED = (
+    "data.spirit=[]", "data.ingredients=[lamps, tools]", "data.guests=[rivers]",
+    "data.cold_item_fraction=0.1", "data.cold_user_fraction=0.1",
+    "data.few_shot_user_fraction=0.15", "evaluate.systems=[popularity]",
+    "data.more_candidates={popular: {negatives: popularity, num_negatives: 5}}",
+)  # fmt: skip
+
+
+def told(folder: Path, purpose: str) -> list[tuple[str, str, str, str, tuple[str, ...]]]:
+    """User, split, group, target and history of each case, by title."""
+    titles = pq.read_table(folder / "items.parquet")["title"].to_pylist()
+    rows = pq.read_table(folder / f"{purpose}.parquet").to_pylist()
+    return [
+        (row["user_id"], row["split"], row["group"], titles[row["target"]],
+         tuple(titles[item] for item in row["history"]))
+        for row in rows
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pairs"),
+    [
+        (
+            ("merge.neighbours=all",),
+            {("lamps", "tools"), ("tools", "lamps"), ("lamps", "rivers"), ("tools", "rivers")},
+        ),
+        ((), {("lamps", "rivers"), ("tools", "rivers")}),
+        (
+            ("merge.search={neighbours: [[], [tools]]}",),
+            {("tools", "lamps"), ("lamps", "rivers"), ("tools", "rivers")},
+        ),
+    ],
+)
+def test_what_is_held_out_stays_out_of_adapters_that_are_mixed_there(
+    experiment: Path, overrides: tuple[str, ...], pairs: set[tuple[str, str]]
+) -> None:
+    """One shop under three names, of which each draws titles, users and targets of its own."""
+    for name in ("lamps", "rivers", "tools"):
+        make_domain(experiment.parent / "raw" / name, prefix="Shop", num_users=90, seed=1)
+    folder, _ = run(experiment, *MIXED, *overrides)
+    other, _ = run(experiment, *MIXED, "data.guests=[]", "name=alone")
+
+    def leaks(folder: Path, trained: str, tested: str) -> dict[str, set[Any]]:
+        """What one domain's training and validation have of what another one's tests ask for."""
+        held = read_domain(folder / tested)
+        cold = {title for title, flag in zip(held.titles, held.cold, strict=True) if flag}
+        tests = told(folder / tested, "test")
+        asked = {(row[0], row[3]) for row in tests}
+        targets = {(row[0], row[3]) for row in (*tests, *told(folder / tested, "valid"))}
+        cold_users = {row[0] for row in tests if row[1] == "cold_user"}
+        first_titles = {row[0]: set(row[4]) for row in tests if row[1] == "few_shot"}
+        assert cold
+        assert cold_users
+        assert first_titles
+        titles = read_domain(folder / trained).titles
+        rows = pq.read_table(folder / trained / "train.parquet").to_pylist()
+        clicks = {(row["user_id"], titles[item]) for row in rows for item in row["history"]}
+        valid = [row for row in told(folder / trained, "valid") if row[2] == "scored"]
+        assert len(clicks) > 50
+        assert len(valid) > 5
+        return {
+            "a cold title trains": {title for _, title in clicks} & cold,
+            "a cold user trains": {user for user, _ in clicks} & cold_users,
+            "a target trains": clicks & targets,
+            "a later click of a few-shot user trains": {
+                (user, title)
+                for user, title in clicks
+                if user in first_titles and title not in first_titles[user]
+            },
+            "a cold user validates": {row[0] for row in valid} & cold_users,
+            "a cold title validates": {t for row in valid for t in (row[3], *row[4])} & cold,
+            "a test target validates": {
+                (row[0], t) for row in valid for t in (row[3], *row[4]) if (row[0], t) in asked
+            },
+        }
+
+    for trained, tested in pairs:
+        assert not any(leaks(folder, trained, tested).values()), (trained, tested)
+    # Prepared alone, or where no adapter is mixed, every one of them happens.
+    free = {("lamps", "tools"), ("tools", "lamps")} - pairs
+    for trained, tested in free:
+        assert all(leaks(folder, trained, tested).values())
+    assert all(leaks(other, "lamps", "tools").values())
+    # The domain's own tests, and whoever guides its merge, stay as they are.
+    for name in ("lamps", "tools"):
+        files = [(one / name / "test.parquet").read_bytes() for one in (folder, other)]
+        assert files[0] == files[1]
+        frozen = [
+            pq.read_table(
+                one / name / "candidates.parquet", filters=[("purpose", "=", "test")]
+            ).to_pylist()
+            for one in (folder, other)
+        ]
+        assert frozen[0] == frozen[1]
+        guides, before = (
+            [row for row in told(one / name, "valid") if row[2] == "unlabeled"]
+            for one in (folder, other)
+        )
+        assert guides == before != []
+
+
+def test_neighbours_make_a_finished_run_stale_and_the_verbs_say_why(experiment: Path) -> None:
+    both = ("data.spirit=[rivers]", "data.ingredients=[lamps, tools]")
+    run(experiment, *both)
+    mixed = (*both, "merge.neighbours=[lamps]")
+    (status,) = [s for s in read_status(load(experiment, mixed)) if s.state == "stale"]
+    assert status.stage == "prepare"
+    assert status.detail.startswith("data/lamps (the set of domains on which its adapter is mixed")
+    assert status.detail.endswith("`merge.neighbours`), has changed)")
+    assert "tools" not in status.detail
+    with pytest.raises(ConfigError, match=r"`prepare` in .* is stale: .* run `rc-ray prepare") as e:
+        refuse_stale(experiment, load(experiment, mixed), ("prepare", "tune"))
+    assert "\n" not in str(e.value)
+
+    def redone(*overrides: str, force: bool = False) -> list[str]:
+        _, lines = run(experiment, *overrides, force=force)
+        return [" ".join(line.split()[:2]) for line in lines[1:] if "stands already" not in line]
+
+    # The spirit's domain reads the same held-out titles and users as before.
+    assert redone(*mixed) == ["tools keeps", "lamps 40"]
+    assert redone(*mixed) == []
+    assert {s.stage for s in read_status(load(experiment, mixed)) if s.state == "stale"} == set()
+    assert redone(*mixed, force=True) == ["tools keeps", "lamps 40", "tools 40", "rivers 40"]
+    # How many users of `tools` train changes nothing of what it holds out.
+    assert redone(*mixed, "data.num_training_users={tools: 9}") == ["tools 40"]
+    assert redone(*mixed) == ["tools 40"]
+    make_domain(experiment.parent / "raw" / "tools", prefix="Tools", num_users=60, seed=2)
+    assert redone(*mixed) == ["tools keeps", "lamps 40", "tools 60"]
+    # Back to no neighbours: what stood before, and `held_out` is not looked at.
+    assert redone(*both) == ["lamps 40"]
+
+
+def test_a_domain_waits_for_those_that_hold_out_from_it(experiment: Path) -> None:
+    items = experiment.parent / "raw" / "tools" / "items.parquet"
+    table = pq.read_table(items)
+    pq.write_table(table.slice(0, 3), items)
+    three = ("data.spirit=[]", "data.ingredients=[lamps, rivers, tools]")
+    with pytest.raises(DomainError, match="domain `tools`") as caught:
+        run(experiment, *three, "merge.neighbours=[lamps]", "evaluate.systems=[popularity]")
+    assert "\n" not in str(caught.value)
+    folder = experiment.parent / "runs" / "tiny" / "data"
+    assert sorted(path.name for path in folder.iterdir()) == ["rivers"]
+
+
+def test_nothing_left_to_train_on_is_said_plainly(experiment: Path) -> None:
+    """Lamps sells what the others hold out, and nothing else that its users trained on."""
+    for name in ("lamps", "tools"):
+        make_domain(experiment.parent / "raw" / name, prefix="Shop", num_users=60, seed=1)
+    both = ("data.spirit=[]", "data.ingredients=[lamps, tools]", "merge.neighbours=[lamps]")
+    log = pq.read_table(experiment.parent / "raw" / "tools" / "interactions.parquet")
+    # Everybody of lamps is met in tools at the last two places alone, in other words as targets.
+    names = [f"u{user:03d}" for user in range(60)]
+    rows = {name: [row for row in log.to_pylist() if row["user_id"] == name] for name in names}
+    lamps = [
+        {**row, "timestamp": time}
+        for name in names
+        for time, row in enumerate((*rows[name][-2:], *rows[name][:4]))
+    ]
+    table = pq.read_table(experiment.parent / "raw" / "lamps" / "interactions.parquet")
+    lamps = [row for row in lamps if row["timestamp"] < 4]
+    pq.write_table(
+        pa.Table.from_pylist(lamps, schema=table.schema),
+        experiment.parent / "raw" / "lamps" / "interactions.parquet",
+    )
+    fields = ("data.cold_item_fraction=0", "data.min_user_interactions=3", "data.num_negatives=5")
+    with pytest.raises(DomainError, match="domain `lamps`: its ingredient is mixed on tools, and"):
+        run(experiment, *both, *fields, "evaluate.systems=[popularity]")
 
 
 @pytest.mark.parametrize("leaky", ["lamps", "tools"])

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pytest
 
 from rc_ray.core.cleaning import CleanDomain, DomainError, clean
+from rc_ray.core.held_out import CLICKS, HeldOut
 from rc_ray.core.leaks import LeakError, check_no_leak
-from rc_ray.core.splits import DRAWS, PURPOSES, TEMPERATURES, HeldOut, SplitDomain, split
+from rc_ray.core.splits import DRAWS, PURPOSES, TEMPERATURES, SplitDomain, split
 from rc_ray.data_config import DataConfig
 from tests.core.small_logs import config, random_raw, raw
 
@@ -131,7 +132,7 @@ def test_the_split_is_that_of_a_plain_loop(role: str, fields: dict[str, Any]) ->
     settings = config(role=role, **fields)
     domain = clean(random_raw(num_users=80, num_titles=50), settings, seed=1)
     held_out = HeldOut(pa.array(["Title 3", "Title 7"]), pa.array(["u05", "u06", "nobody"]))
-    result = split(domain, settings, seed=1, held_out=held_out)
+    result = split(domain, settings, seed=1, held_out=held_out if role == "spirit" else None)
     draws = drawn(domain, result)
     if role == "spirit":
         assert {user for user, role in draws.items() if role != "scored"} == {"u05", "u06"}
@@ -194,6 +195,100 @@ def test_time_by_hand() -> None:
         ("v", "valid", "warm"): ((a, c, b2), a2),
         ("v", "test", "warm"): ((a, c, b2, a2), b),
     }
+
+
+def clicks(*rows: tuple[str, str, bool]) -> pa.Table:
+    columns = zip(*rows, strict=True)
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, CLICKS, strict=True)], CLICKS)
+
+
+def test_what_is_held_out_elsewhere_trains_no_ingredient_by_hand() -> None:
+    log = [
+        (user, x, time)
+        for user, items in {"u": "abcdef", "v": "bcaedf", "w": "acebdf"}.items()
+        for time, x in enumerate(items)
+    ]
+    settings = config(role="ingredient", cold_item_fraction=0.0, unlabeled_fraction=1e-9)
+    domain = clean(raw(log, [(x, x.upper()) for x in "abcdefgh"]), settings, seed=0)
+    held_out = HeldOut(
+        pa.array(["B", "Nowhere"]),
+        pa.array(["nobody", "w"]),
+        clicks(("u", "C", False), ("v", "D", True), ("u", "Nowhere", True), ("nobody", "A", True)),
+        by=("other",),
+    )
+    result = split(domain, settings, seed=0, held_out=held_out)
+    a, b, c, d, e, f = range(6)
+    # Of abcd, bcae and aceb: B trains nobody, C not u, and w nothing.
+    assert list(result.train) == [(a, d), (c, a, e), ()]
+    assert result.num_train.tolist() == [2, 0, 1, 1, 1, 0, 0, 0]
+    # Negatives are drawn as if nothing were held out elsewhere.
+    assert result.num_known.tolist() == [3, 3, 3, 1, 2, 0, 0, 0]
+    # D is a test of v elsewhere, so v chooses no adapter here; nor does w. All are tested as ever.
+    assert found_cases(domain, result) == {
+        ("u", "valid", "warm"): ((a, c, d), e),
+        ("u", "test", "warm"): ((a, b, c, d, e), f),
+        ("v", "test", "warm"): ((b, c, a, e, d), f),
+        ("w", "test", "warm"): ((a, c, e, b, d), f),
+    }
+    assert not result.cold.any()
+    held = {name: num for name, num in result.counts.items() if name.endswith("elsewhere")}
+    assert held == {
+        "items_held_out_elsewhere": 1,
+        "interactions_held_out_elsewhere": 7,
+        "users_held_out_elsewhere": 1,
+        "valid_cases_held_out_elsewhere": 2,
+    }
+    check_no_leak(domain, result, settings, held_out)
+    # Of `num_training_users` nobody is wasted on w, who could train nothing.
+    for num, expected in ((2, 2), (1, 1)):
+        few = settings.model_copy(update={"num_training_users": {"shop": num}})
+        limited = split(domain, few, seed=0, held_out=held_out)
+        assert (limited.train.lengths > 0).sum() == expected
+        assert limited.train.lengths[2] == 0
+        check_no_leak(domain, limited, few, held_out)
+
+    everything = HeldOut(domain.titles, pa.array([], pa.string()), by=("moon", "sun"))
+    with pytest.raises(DomainError, match="domain `shop`: its ingredient is mixed on moon, sun, "):
+        split(domain, settings, seed=0, held_out=everything)
+
+
+@pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS)
+def test_a_tested_domain_is_tested_whatever_others_hold_out(fields: dict[str, Any]) -> None:
+    settings = config(role="ingredient", **fields)
+    domain = clean(random_raw(num_users=80, num_titles=50), settings, seed=1)
+    alone = split(domain, settings, seed=1)
+    users, titles = domain.user_ids.to_pylist(), domain.titles.to_pylist()
+    rows = [
+        (users[u], titles[i], bool((u + i) % 3))
+        for u, i in zip(domain.histories.owners, domain.items, strict=True)
+        if (u + i) % 4 == 0
+    ]
+    held_out = HeldOut(pa.array(["Title 3", "Title 7"]), pa.array(["u05", "u06"]), clicks(*rows))
+    result = split(domain, settings, seed=1, held_out=held_out)
+    assert np.array_equal(result.cold, alone.cold)
+    assert np.array_equal(result.draws, alone.draws)
+    trained, tests = {row[:2] for row in rows}, {row[:2] for row in rows if row[2]}
+
+    def left(user: int, past: tuple[int, ...], lacking: set[tuple[str, str]]) -> tuple[int, ...]:
+        if users[user] in ("u05", "u06"):
+            return ()
+        pairs = [(item, (users[user], titles[item])) for item in past]
+        return tuple(
+            i for i, pair in pairs if pair not in lacking and pair[1] not in ("Title 3", "Title 7")
+        )
+
+    assert list(result.train) == [left(u, past, trained) for u, past in enumerate(alone.train)]
+    expected = {}
+    for (user, purpose, tag), (past, target) in found_cases(domain, alone).items():
+        u = users.index(user)
+        if purpose == "valid" and DRAWS[alone.draws[u]] != "unlabeled":
+            past = left(u, past, tests)
+            if not past or not left(u, (target,), tests):
+                continue
+        expected[user, purpose, tag] = (past, target)
+    assert found_cases(domain, result) == expected
+    assert 10 < len(expected) < len(alone.cases)
+    check_no_leak(domain, result, settings, held_out)
 
 
 def test_times_that_cannot_be_cut() -> None:
