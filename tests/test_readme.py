@@ -295,7 +295,8 @@ def test_the_run_folder_is_as_drawn() -> None:
     run = RunFolder(ROOT / "runs/demo")
     paths = [run.config_path, run.logs_dir, run.spirit_dir, run.evaluate_dir, run.report_dir]
     paths += [run.sweep_path, run.search_path, run.explanation_path("<domain>")]
-    of_domain = [run.domain_dir, run.ingredient_dir, run.joint_dir, run.cocktail_dir, run.prior_dir]
+    of_domain = [run.domain_dir, run.held_out_dir, run.ingredient_dir, run.joint_dir]
+    of_domain += [run.cocktail_dir, run.prior_dir]
     paths += [make("<domain>") for make in of_domain]
     expected = {str(path.relative_to(ROOT)) for path in paths}
     assert set(entries(drawn)) - {"runs/demo"} == expected

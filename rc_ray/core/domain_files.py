@@ -15,18 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rc_ray.core.cleaning import CleanDomain
+from rc_ray.core.draws import COLD_USER, DRAWS, UNLABELED
 from rc_ray.core.held_out import CLICKS, HeldOut
-from rc_ray.core.histories import Histories
-from rc_ray.core.splits import (
-    COLD_USER,
-    DRAWS,
-    PURPOSES,
-    TEMPERATURES,
-    UNLABELED,
-    CaseTable,
-    SplitDomain,
-    kept_from_training,
-)
+from rc_ray.core.histories import Histories, offsets_of
+from rc_ray.core.splits import PURPOSES, TEMPERATURES, CaseTable, SplitDomain
 
 FILES = ("items.parquet", "train.parquet", "valid.parquet", "test.parquet", "candidates.parquet")
 HELD_OUT_FILE = "held_out.parquet"
@@ -177,8 +169,8 @@ def write_held_out(path: Path, domain: CleanDomain, result: SplitDomain) -> None
 
 
 def write_held_clicks(path: Path, domain: CleanDomain, result: SplitDomain) -> None:
-    """Write what a domain's training lacks of clicks on warm items, see `kept_from_training`."""
-    rows = np.flatnonzero(kept_from_training(domain, result))
+    """Write what a domain's training lacks of clicks on warm items, see `_kept_from_training`."""
+    rows = np.flatnonzero(_kept_from_training(domain, result))
     user, item = domain.histories.owners[rows], domain.items[rows]
     tested = result.cases.purpose == PURPOSES.index("test")
     targets = _pairs(domain, result.cases.user[tested], result.cases.target[tested])
@@ -188,6 +180,22 @@ def write_held_clicks(path: Path, domain: CleanDomain, result: SplitDomain) -> N
         pa.array(np.isin(_pairs(domain, user, item), targets)),
     ]
     pq.write_table(pa.table(columns, schema=CLICKS), path)
+
+
+def _kept_from_training(domain: CleanDomain, result: SplitDomain) -> npt.NDArray[np.bool_]:
+    """(N,) clicks of warm items that do not train, of users who are not held out whole.
+
+    Args:
+        domain: clean histories, N clicks.
+        result: the split, without `data.num_training_users`.
+    """
+    owner = domain.histories.owners
+    is_warm = ~result.cold[domain.items]
+    num_before = offsets_of(is_warm.astype(np.int64))
+    place = num_before[:-1] - num_before[domain.offsets[:-1]][owner]
+    is_late = place >= result.train.lengths[owner]
+    kept: npt.NDArray[np.bool_] = is_warm & is_late & (result.draws[owner] != COLD_USER)
+    return kept
 
 
 def _pairs(

@@ -72,7 +72,7 @@ class Outside:
             user: (N,) places in the domain's user ids.
             item: (N,)
         """
-        return self.users[user] | self.items[item] | self._clicks.holds(self._keys(user, item))
+        return self._whole(user, item) | self._clicks.holds(self._keys(user, item))
 
     def chooses_nothing(
         self, user: npt.NDArray[np.integer], item: npt.NDArray[np.integer]
@@ -81,12 +81,17 @@ class Outside:
 
         Arguments as in `trains_nothing`. A validation click of two domains may validate in both.
         """
-        return self.users[user] | self.items[item] | self._targets.holds(self._keys(user, item))
+        return self._whole(user, item) | self._targets.holds(self._keys(user, item))
+
+    def _whole(self, user: npt.NDArray[np.integer], item: npt.NDArray[np.integer]) -> Flags:
+        found: Flags = self.users[user] | self.items[item]
+        return found
 
     def _keys(
         self, user: npt.NDArray[np.integer], item: npt.NDArray[np.integer]
     ) -> npt.NDArray[np.int64]:
-        return user.astype(np.int64) * self._num_titles + self._title[item]
+        keys: npt.NDArray[np.int64] = user.astype(np.int64) * self._num_titles + self._title[item]
+        return keys
 
 
 def _places(values: pa.ChunkedArray, known: pa.Array) -> npt.NDArray[np.int64]:

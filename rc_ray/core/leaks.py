@@ -12,19 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rc_ray.core.cleaning import CleanDomain
+from rc_ray.core.draws import COLD_USER, FEW_SHOT, HELD_OUT, UNLABELED
 from rc_ray.core.held_out import HeldOut
 from rc_ray.core.histories import Histories, Indices
 from rc_ray.core.pairs import PairSet
-from rc_ray.core.splits import (
-    COLD_USER,
-    FEW_SHOT,
-    HELD_OUT,
-    PURPOSES,
-    TEMPERATURES,
-    UNLABELED,
-    CaseTable,
-    SplitDomain,
-)
+from rc_ray.core.splits import PURPOSES, TEMPERATURES, CaseTable, SplitDomain
 from rc_ray.data_config import DataConfig
 from rc_ray.errors import UserError
 

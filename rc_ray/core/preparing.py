@@ -31,19 +31,12 @@ from rc_ray.core.domain_files import (
     write_held_out,
     write_tables,
 )
+from rc_ray.core.draws import COLD_USER, UNLABELED
 from rc_ray.core.encoding import Say, silent
 from rc_ray.core.held_out import HeldOut
 from rc_ray.core.leaks import check_candidates, check_no_leak
 from rc_ray.core.sources import RawDomain
-from rc_ray.core.splits import (
-    COLD_USER,
-    PURPOSES,
-    TEMPERATURES,
-    UNLABELED,
-    CaseTable,
-    SplitDomain,
-    split,
-)
+from rc_ray.core.splits import PURPOSES, TEMPERATURES, CaseTable, SplitDomain, split
 from rc_ray.data_config import MAIN_LIST, DataConfig
 
 

@@ -17,7 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from rc_ray.core.cleaning import CleanDomain, DomainError, describe, list_field
-from rc_ray.core.hashing import fractions, keyed_hashes
+from rc_ray.core.draws import (
+    COLD_USER,
+    FEW_SHOT,
+    HELD_OUT,
+    SCORED,
+    UNLABELED,
+    Codes,
+    draw_cold,
+    draw_users,
+)
+from rc_ray.core.hashing import keyed_hashes
 from rc_ray.core.held_out import HeldOut, Outside
 from rc_ray.core.histories import Histories, Indices, offsets_of
 from rc_ray.data_config import DataConfig
@@ -28,11 +38,6 @@ Group = Literal["scored", "unlabeled"]
 
 PURPOSES: tuple[Purpose, ...] = ("valid", "test")
 TEMPERATURES: tuple[Temperature, ...] = ("warm", "cold", "cold_user", "few_shot")
-DRAWS = ("scored", "unlabeled", "cold_user", "few_shot", "held_out")
-"""What a user was drawn for. `held_out`: a cold user of another domain, who trains no spirit."""
-SCORED, UNLABELED, COLD_USER, FEW_SHOT, HELD_OUT = range(5)
-
-Codes = npt.NDArray[np.uint8]
 Lengths = npt.NDArray[np.int64]
 
 
@@ -121,8 +126,8 @@ def split(
     is_ingredient = domain.name in config.tested
     outside = Outside(domain, held_out or HeldOut.nothing())
     if is_ingredient:
-        cold = _draw_cold(domain, config, seed)
-        draws = _draw_users(domain, config, seed)
+        cold = draw_cold(domain, config, seed)
+        draws = draw_users(domain, config, seed)
     else:
         cold = outside.items
         draws = np.where(outside.users, HELD_OUT, SCORED).astype(np.uint8)
@@ -171,22 +176,6 @@ def split(
         "few_shot_users": int((draws == FEW_SHOT).sum()),
     }
     return SplitDomain(cold, draws, train, cases, cut_offs, counts, own_train)
-
-
-def kept_from_training(domain: CleanDomain, result: SplitDomain) -> npt.NDArray[np.bool_]:
-    """(N,) clicks of warm items that do not train, of users who are not held out whole.
-
-    Args:
-        domain: clean histories, N clicks.
-        result: the split, without `data.num_training_users`.
-    """
-    owner = domain.histories.owners
-    is_warm = ~result.cold[domain.items]
-    num_before = offsets_of(is_warm.astype(np.int64))
-    place = num_before[:-1] - num_before[domain.offsets[:-1]][owner]
-    is_late = place >= result.train.lengths[owner]
-    kept: npt.NDArray[np.bool_] = is_warm & is_late & (result.draws[owner] != COLD_USER)
-    return kept
 
 
 def _allowed(cases: CaseTable, draws: Codes, outside: Outside) -> CaseTable:
@@ -360,39 +349,3 @@ def _cut_offs(domain: CleanDomain, config: DataConfig) -> tuple[int, int]:
             "`data.test_from`, or take `leave-one-out`"
         )
     return moments[0], moments[1]
-
-
-def _draw_cold(domain: CleanDomain, config: DataConfig, seed: int) -> npt.NDArray[np.bool_]:
-    """(I,) the share of items held out, large enough to draw cold negatives from if affordable.
-
-    Drawn by title: items of equal title are cold together, so that nothing of a cold title trains.
-    A title of more items than are to be held out is passed over.
-    """
-    num_items = len(domain.item_ids)
-    if config.cold_item_fraction == 0.0:
-        return np.zeros(num_items, dtype=bool)
-    num = round(config.cold_item_fraction * num_items)
-    enough = config.num_negatives + 11
-    if enough <= num_items / 4:
-        num = max(num, enough)
-    encoded = domain.titles.dictionary_encode()
-    title = np.asarray(encoded.indices)
-    num_of = np.bincount(title)
-    order = np.argsort(keyed_hashes(encoded.dictionary, seed, domain.name, "cold"), kind="stable")
-    order = order[num_of[order] <= num]
-    chosen = np.zeros(len(num_of), dtype=bool)
-    chosen[order[: np.searchsorted(np.cumsum(num_of[order]), num) + 1]] = num > 0
-    drawn: npt.NDArray[np.bool_] = chosen[title]
-    return drawn
-
-
-def _draw_users(domain: CleanDomain, config: DataConfig, seed: int) -> Codes:
-    """(U,) what each user of an ingredient domain is for; other users do not matter to it."""
-    place = fractions(keyed_hashes(domain.user_ids, seed, domain.name, "group"))
-    draws = np.full(len(place), SCORED, dtype=np.uint8)
-    draws[place < config.unlabeled_fraction] = UNLABELED
-    # From the other end, so that these fractions do not change who is unlabeled.
-    not_cold = 1.0 - config.cold_user_fraction
-    draws[place >= not_cold - config.few_shot_user_fraction] = FEW_SHOT
-    draws[place >= not_cold] = COLD_USER
-    return draws

@@ -15,6 +15,7 @@ from rc_ray.core.cleaning import DomainError
 from rc_ray.core.domain_files import read_held_out
 from rc_ray.core.domains import Domain, RankingCase
 from rc_ray.core.held_out import HeldOut
+from rc_ray.core.preparing import hold_out
 from rc_ray.core.sources import RawDomain
 from rc_ray.data_config import DataConfig
 from rc_ray.errors import ArtifactError
@@ -189,6 +190,43 @@ def test_what_is_held_out_elsewhere_trains_no_spirit(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "two" / "shop" / "manifest.json").read_text())["metrics"]
     assert metrics["users_held_out_elsewhere"] == len(held_out.user_ids)
     assert metrics["items_held_out_elsewhere"] == spirit.cold.sum() > 0
+
+
+def test_what_a_domain_holds_out_by_hand(tmp_path: Path) -> None:
+    """Of abcde and edc the last two of each are targets; who trains one user alone holds out as
+    much."""
+    log = [(user, x, t) for user, xs in (("u", "abcde"), ("v", "edc")) for t, x in enumerate(xs)]
+    items = [(x, x.upper()) for x in "abcdefgh"]
+    settings = config(
+        role="ingredient",
+        cold_item_fraction=0.0,
+        unlabeled_fraction=1e-9,
+        num_training_users={"shop": 1},
+    )
+    folder = tmp_path / "shop"
+    found = hold_out(raw(log, items), folder, settings, 7, fingerprint_config={}, inputs={})
+    assert found == {"held_out_titles": 0, "held_out_users": 0, "held_clicks": 4}
+    held_out = read_held_out([folder])
+    assert held_out.by == ("shop",)
+    assert [tuple(row.values()) for row in held_out.clicks.to_pylist()] == [
+        ("u", "D", False),
+        ("u", "E", True),
+        ("v", "D", False),
+        ("v", "C", True),
+    ]
+    # Cold titles and cold users are held out whole, so no click of theirs is told.
+    settings = config(role="ingredient", cold_item_fraction=0.2, cold_user_fraction=0.3)
+    shop = random_raw(num_users=60, num_titles=40)
+    hold_out(shop, folder, settings, 7, fingerprint_config={}, inputs={})
+    held_out = read_held_out([folder])
+    assert 0 < len(held_out.titles) < 40
+    assert 0 < len(held_out.user_ids) < 60
+    assert not set(held_out.clicks["title"].to_pylist()) & set(held_out.titles.to_pylist())
+    assert not set(held_out.clicks["user_id"].to_pylist()) & set(held_out.user_ids.to_pylist())
+    prepared(tmp_path / "whole", shop, settings, seed=7)
+    whole = read_held_out([tmp_path / "whole" / "shop"])
+    assert whole.titles == held_out.titles
+    assert whole.user_ids == held_out.user_ids
 
 
 def test_prepared_twice_is_the_same_to_the_byte(tmp_path: Path) -> None:

@@ -12,19 +12,11 @@ import pytest
 
 from rc_ray.core.candidates import CandidateDrawer
 from rc_ray.core.cleaning import CleanDomain, clean
+from rc_ray.core.draws import COLD_USER, FEW_SHOT, SCORED, UNLABELED
 from rc_ray.core.held_out import CLICKS, HeldOut
 from rc_ray.core.histories import Histories
 from rc_ray.core.leaks import LeakError, check_candidates, check_no_leak
-from rc_ray.core.splits import (
-    COLD_USER,
-    FEW_SHOT,
-    PURPOSES,
-    SCORED,
-    TEMPERATURES,
-    UNLABELED,
-    SplitDomain,
-    split,
-)
+from rc_ray.core.splits import PURPOSES, TEMPERATURES, SplitDomain, split
 from rc_ray.data_config import DataConfig
 from tests.core.small_logs import config, random_raw
 

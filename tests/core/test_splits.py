@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from rc_ray.core.cleaning import CleanDomain, DomainError, clean
+from rc_ray.core.draws import DRAWS
 from rc_ray.core.held_out import CLICKS, HeldOut
 from rc_ray.core.leaks import LeakError, check_no_leak
-from rc_ray.core.splits import DRAWS, PURPOSES, TEMPERATURES, SplitDomain, split
+from rc_ray.core.splits import PURPOSES, TEMPERATURES, SplitDomain, split
 from rc_ray.data_config import DataConfig
 from tests.core.small_logs import config, random_raw, raw
 
