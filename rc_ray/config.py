@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from rc_ray.data_config import DataConfig, Section, refuse_repeats
+from rc_ray.data_config import DataConfig, GpuShare, Section, refuse_repeats
 from rc_ray.errors import ConfigError
 from rc_ray.evaluate_config import EvaluateConfig
 from rc_ray.merge_config import MergeConfig
@@ -57,7 +57,7 @@ class ServeConfig(Section):
     max_history: PositiveInt = 500
     """Longer histories are refused; of those taken, the last `evaluate.max_titles` count."""
     cpus_per_replica: PositiveFloat = 1.0
-    gpus_per_replica: NonNegativeFloat = 0.0
+    gpus_per_replica: GpuShare = 0.0
 
     @model_validator(mode="after")
     def _replicas(self) -> ServeConfig:

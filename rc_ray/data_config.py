@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    model_validator,
+)
 
 DomainName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 ListName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
@@ -17,6 +25,19 @@ Negatives = Literal["uniform", "popularity", "category"]
 MAIN_LIST = "main"
 """Name of the list of candidates that `negatives` and `num_negatives` describe."""
 RESERVED_LISTS = (MAIN_LIST, "catalogue")
+
+
+def _of_one_gpu(num_gpus: float) -> float:
+    if num_gpus > 1:
+        raise ValueError(
+            f"{num_gpus:g} is too many: a process uses one GPU; set it to 1, or to a fraction that "
+            "shares one"
+        )
+    return num_gpus
+
+
+GpuShare = Annotated[NonNegativeFloat, AfterValidator(_of_one_gpu)]
+"""GPUs that Ray gives a process which knows what to do with one."""
 
 
 class Section(BaseModel):

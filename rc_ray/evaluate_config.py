@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from rc_ray.baselines_config import ItemKnnConfig, SasrecConfig, TitleEmbeddingConfig
 from rc_ray.calibration_config import CalibrationConfig
-from rc_ray.data_config import Section
+from rc_ray.data_config import GpuShare, Section
 from rc_ray.systems import DEFAULT_SYSTEMS, System
 
 Probe = Literal["shuffled_history", "permuted_candidates", "popularity_negatives", "masked_titles"]
@@ -52,7 +52,7 @@ class EvaluateConfig(Section):
     num_actors: PositiveInt | None = None
     """Null: as many as the cluster has resources for."""
     cpus_per_actor: PositiveFloat = 1.0
-    gpus_per_actor: NonNegativeFloat = 0.0
+    gpus_per_actor: GpuShare = 0.0
 
     @model_validator(mode="after")
     def _sorted(self) -> EvaluateConfig:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     Field,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -17,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from rc_ray.data_config import DomainName, Section
+from rc_ray.data_config import DomainName, GpuShare, Section
 from rc_ray.mix_config import (
     OF_LEARNING,
     FixedMethod,
@@ -86,7 +85,7 @@ class MergeConfig(MergeSetting):
     micro_batch_size: PositiveInt | None = None
     """Prompts whose gradients are held at once; changes memory, not the result. Null: all."""
     cpus_per_task: PositiveFloat = 1.0
-    gpus_per_task: NonNegativeFloat = 0.0
+    gpus_per_task: GpuShare = 0.0
     """At most one; a fraction shares a GPU among tasks."""
     memory_per_task_gb: PositiveFloat | None = None
     """Main memory that a task or trial is given on its node, in 10^9 bytes; null: as many run side
@@ -104,15 +103,6 @@ class MergeConfig(MergeSetting):
                 "name it"
             )
         return value
-
-    @model_validator(mode="after")
-    def _one_gpu(self) -> MergeConfig:
-        if self.gpus_per_task > 1:
-            raise ValueError(
-                f"`gpus_per_task` is {self.gpus_per_task:g}: a process uses one GPU; set it to 1, "
-                "or to a fraction that shares one"
-            )
-        return self
 
     @model_validator(mode="after")
     def _of_the_learning(self) -> MergeConfig:

@@ -97,7 +97,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("merge.temperature=.inf", "`merge.temperature`: Input should be a finite number"),
         ("train.learning_rate=.inf", "`train.learning_rate`: Input should be a finite number"),
         ("merge.search={pull: [0, .inf]}", "does not hold: pull: Input should be a finite number"),
-        ("merge.gpus_per_task=1.5", "`gpus_per_task` is 1.5: a process uses one GPU; set it to 1"),
+        (
+            "merge.gpus_per_task=1.5",
+            "`merge.gpus_per_task`: 1.5 is too many: a process uses one GPU",
+        ),
+        ("evaluate.gpus_per_actor=2", "`evaluate.gpus_per_actor`: 2 is too many"),
+        ("serve.gpus_per_replica=2", "`serve.gpus_per_replica`: 2 is too many"),
         ("merge.method=ties", "`merge.method`: the cocktail is learned; name a mix by `ties`"),
         ("merge.method=lorahub", "under `merge.mixes`, as in {lorahub: {method: lorahub}}, and"),
         ("merge.method=learnt", "`merge.method`: Input should be 'learned'"),
