@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -113,6 +114,20 @@ class MovieLensSource(Section):
 Source = Annotated[ParquetSource | CsvSource | MovieLensSource, Field(discriminator="format")]
 
 
+def domain_names(source: Source) -> tuple[str, ...]:
+    """The domains that a source defines, in the order of its section."""
+    if isinstance(source, MovieLensSource) and source.genre_domains is not None:
+        return tuple(source.genre_domains)
+    assert source.domain is not None
+    return (source.domain,)
+
+
+def _log(source: Source) -> str:
+    """Where the interactions of a source lie, as its section writes it."""
+    path = source.interactions if isinstance(source, CsvSource) else source.path
+    return os.path.normpath(path) if path is not None else "the embedded MovieLens-100K"
+
+
 class CandidateList(Section):
     """How the negatives of one list of candidates are drawn."""
 
@@ -196,12 +211,7 @@ class DataConfig(Section):
                     f"{', '.join(both)} stands under both `{one}` and `{other}`; a domain has one "
                     "role, or adapters would see what they are tested on"
                 )
-        known: list[str] = []
-        for source in self.sources:
-            if isinstance(source, MovieLensSource) and source.genre_domains is not None:
-                known.extend(source.genre_domains)
-            elif source.domain is not None:
-                known.append(source.domain)
+        known = [name for source in self.sources for name in domain_names(source)]
         twice = sorted({name for name in known if known.count(name) > 1})
         if twice:
             raise ValueError(f"`sources` define the domain {', '.join(twice)} more than once")
@@ -215,6 +225,21 @@ class DataConfig(Section):
             raise ValueError(
                 f"`num_training_users` names {', '.join(strange)}, which `ingredients` does not"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _spirit_of_other_logs(self) -> DataConfig:
+        for one, other in itertools.permutations(self.sources, 2):
+            if _log(one) != _log(other):
+                continue
+            feeding = [name for name in self.spirit if name in domain_names(one)]
+            tested = [name for name in self.tested if name in domain_names(other)]
+            if feeding and tested:
+                raise ValueError(
+                    f"{feeding[0]} under `spirit` and {tested[0]}, which is tested, are one log "
+                    f"({_log(one)}); the spirit would train on test targets, so take "
+                    f"{feeding[0]} out of `spirit`"
+                )
         return self
 
     @property

@@ -23,7 +23,7 @@ from rc_ray.core.held_out import HeldOut
 from rc_ray.core.leaks import LeakError
 from rc_ray.core.preparing import hold_out, prepare_domain
 from rc_ray.core.sources import RawDomain, SourceError
-from rc_ray.data_config import MovieLensSource, Source
+from rc_ray.data_config import MovieLensSource, Source, domain_names
 from rc_ray.errors import UserError
 from rc_ray.progress import Progress
 
@@ -68,7 +68,7 @@ def run(experiment: Experiment, *, force: bool = False, console: Progress) -> Pa
     ):
         lacking = frozenset(failed)
         for place, source in enumerate(opened):
-            own = [one for one in sources.domain_names(source.source) if one in names - failed]
+            own = [one for one in domain_names(source.source) if one in names - failed]
             if not own or place in unreadable:
                 continue
             wanted = own if work is _hold_out else [one for one in own if not before[one] & lacking]

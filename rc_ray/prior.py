@@ -27,7 +27,7 @@ from rc_ray.core.domains import Domain, read_domain
 from rc_ray.core.prior import ClickCounts, PriorError, count_clicks
 from rc_ray.core.raw_files import FractionalTimes
 from rc_ray.core.sources import SourceError
-from rc_ray.data_config import CsvSource, Source
+from rc_ray.data_config import CsvSource, Source, domain_names
 from rc_ray.errors import ArtifactError, ConfigError
 
 FILE = "prior.parquet"
@@ -213,7 +213,7 @@ def _count(
 
 def _source_of(experiment: Experiment, domain: str) -> Source:
     for source in experiment.data.sources:
-        if domain in sources.domain_names(source) and domain in experiment.data.domains:
+        if domain in domain_names(source) and domain in experiment.data.domains:
             return source
     known = ", ".join(experiment.data.domains)
     raise ConfigError(f"the experiment has no domain `{domain}`; its domains: {known}")

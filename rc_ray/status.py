@@ -12,7 +12,7 @@ import yaml
 from rc_ray import recipes
 from rc_ray.artifacts import MANIFEST, RunFolder, fingerprint, read_json, sha256_file
 from rc_ray.config import Experiment
-from rc_ray.core.sources import domain_names
+from rc_ray.data_config import domain_names
 from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.guard import ARTICLES, read_guard
 from rc_ray.prepare import fingerprint_config

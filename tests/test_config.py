@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from rc_ray import recipes
 from rc_ray.config import load
+from rc_ray.data_config import DataConfig
 from rc_ray.errors import ConfigError
 from rc_ray.mix_config import LearnedMix
 from tests.tiny import make_experiment, make_model
@@ -217,6 +219,41 @@ def test_what_is_mixed_follows_from_the_roles(path: Path) -> None:
     assert made.adapter_names("tools") == ("ingredient",)
     with pytest.raises(ConfigError, match="`data.spirit` names no domain"):
         load(path, (*both, "merge.neighbours=[tools]", "evaluate.systems=[cocktail]"))
+
+
+def _data(sources: list[dict[str, object]], spirit: list[str]) -> DataConfig:
+    return DataConfig.model_validate(
+        {"sources": sources, "spirit": spirit, "ingredients": ["tools"]}
+    )
+
+
+def test_the_spirit_never_learns_from_a_tested_log_under_another_name() -> None:
+    tools = {"format": "parquet", "domain": "tools", "path": "raw/tools"}
+    same = {"format": "parquet", "domain": "all", "path": "raw/../raw/tools/"}
+    with pytest.raises(ValidationError) as caught:
+        _data([same, tools], ["all"])
+    assert (
+        "all under `spirit` and tools, which is tested, are one log (raw/tools); the spirit would "
+        "train on test targets, so take all out of `spirit`"
+    ) in str(caught.value)
+    _data([same, tools], [])  # without a role it is never read
+    _data([{**same, "path": "raw/all"}, tools], ["all"])
+    csv = {"format": "csv", "domain": "tools", "interactions": "log.csv", "items": "a.csv"}
+    with pytest.raises(ValidationError, match=r"are one log \(log\.csv\)"):
+        _data([csv, {**csv, "domain": "all", "items": "b.csv"}], ["all"])
+
+
+def test_genres_of_one_source_may_feed_and_test_but_not_those_of_two() -> None:
+    films = {"format": "movielens-100k", "path": "films"}
+    split = {**films, "genre_domains": {"tools": ["Crime"], "fun": ["Comedy"]}}
+    _data([split], ["fun"])
+    with pytest.raises(ValidationError, match=r"fun under `spirit` and tools, .* \(films\)"):
+        _data(
+            [{**films, "domain": "tools"}, {**films, "genre_domains": {"fun": ["Comedy"]}}], ["fun"]
+        )
+    embedded = {"format": "movielens-100k"}
+    with pytest.raises(ValidationError, match=r"\(the embedded MovieLens-100K\)"):
+        _data([{**embedded, "domain": "tools"}, {**embedded, "domain": "all"}], ["all"])
 
 
 def test_who_holds_out_from_whom_follows_from_what_is_mixed(path: Path) -> None:

@@ -18,7 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rc_ray.core.raw_files import FractionalTimes, SourceError, csv_batches, parquet_batches
-from rc_ray.data_config import CsvSource, MovieLensSource, ParquetSource, Source
+from rc_ray.data_config import (
+    CsvSource,
+    MovieLensSource,
+    ParquetSource,
+    Source,
+    domain_names,
+)
 
 __all__ = ["INTERACTIONS", "ITEMS", "Interactions", "RawDomain", "SourceError", "read"]
 
@@ -76,14 +82,6 @@ class RawDomain:
     def from_tables(cls, name: str, interactions: pa.Table, items: pa.Table) -> RawDomain:
         """Of tables in memory."""
         return cls(name, Interactions.of(interactions), items)
-
-
-def domain_names(source: Source) -> tuple[str, ...]:
-    """The domains that `read` returns for this source, in its order."""
-    if isinstance(source, MovieLensSource) and source.genre_domains is not None:
-        return tuple(source.genre_domains)
-    assert source.domain is not None
-    return (source.domain,)
 
 
 def files(source: Source, movielens_dir: Path | None = None) -> dict[str, Path]:

@@ -11,7 +11,7 @@ import pytest
 
 from rc_ray.core import sources
 from rc_ray.core.sources import SourceError
-from rc_ray.data_config import CsvSource, MovieLensSource, ParquetSource, Source
+from rc_ray.data_config import CsvSource, MovieLensSource, ParquetSource, Source, domain_names
 
 ITEMS = "item_id,title\na,Lamp\nb,River\n"
 LOG = "user_id,item_id,timestamp\nu,a,2\nu,b,1\n"
@@ -273,7 +273,7 @@ def test_a_film_goes_to_the_first_domain_of_its_genres(movielens: Path) -> None:
     genres = {"comedy": ("Comedy",), "scifi": ("Sci-Fi",), "dark": ("Horror", "Action", "Drama")}
     source = MovieLensSource(format="movielens-100k", path=movielens, genre_domains=genres)
     raw = read(source)
-    assert list(raw) == list(sources.domain_names(source)) == ["comedy", "scifi", "dark"]
+    assert list(raw) == list(domain_names(source)) == ["comedy", "scifi", "dark"]
     assert {n: items["item_id"].to_pylist() for n, (_, items) in raw.items()} == {
         "comedy": ["1"],
         "scifi": ["2", "3"],
