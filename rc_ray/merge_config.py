@@ -232,8 +232,13 @@ class MergeConfig(MergeSetting):
 
         Who is scored then chooses only where there are too few others.
         """
-        settings = self.settings() if self.is_chosen_by_clicks else ()
-        return any(setting.prompts_of == "scored_users" for setting in settings)
+        space = self.space
+        values = {**space.grids, **space.choices}.get("prompts_of", (self.prompts_of,))
+        if not self.is_chosen_by_clicks or "scored_users" not in values:
+            return False  # asked for every trial, which must not make all settings anew
+        if "prompts_of" not in space.choices:  # some setting has it, or it was refused
+            return True
+        return any(setting.prompts_of == "scored_users" for setting in self.settings())
 
     def settings(self) -> tuple[MergeSetting, ...]:
         """One per point of the grid and draw of `search`; the only one where there is no search.
@@ -250,13 +255,10 @@ class MergeConfig(MergeSetting):
                 for values in itertools.product(*space.choices.values())
             ]
         )
-        settings: list[MergeSetting] = []
-        for point in points:
-            setting = self.setting(point)
-            if setting in settings:
-                raise ValueError("`search` has the same point twice; give each value once")
-            settings.append(setting)
-        return tuple(settings)
+        settings = tuple(self.setting(point) for point in points)
+        if len(set(settings)) < len(settings):
+            raise ValueError("`search` has the same point twice; give each value once")
+        return settings
 
     def at(self, setting: MergeSetting) -> MergeConfig:
         """This section with one setting in place and nothing to search."""

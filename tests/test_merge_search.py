@@ -21,6 +21,7 @@ from rc_ray.core.adapters import save_adapter
 from rc_ray.core.domains import Domain, RankingCase, read_domain
 from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.merge_choice import MergeTrial, best_trial, sentence, told, write_summary, write_trials
+from rc_ray.merge_config import MergeConfig, MergeSetting
 from rc_ray.merge_plan import make_order, plan_trials, trial_order
 from rc_ray.merge_prompts import scored_cases, valid_parts
 from rc_ray.merge_search import _chosen
@@ -241,6 +242,29 @@ def test_trials_are_known_by_what_shapes_them(make_run: Factory) -> None:
         assert not {t.fingerprint for t in judged} & {t.fingerprint for t in first}
 
 
+@pytest.mark.parametrize(
+    "space", ["learning_rate: [0.1, 0.2]", "prompts_of: [other_users, scored_users]"]
+)
+def test_planning_makes_the_settings_once_and_not_for_every_trial(
+    make_run: Factory, monkeypatch: pytest.MonkeyPatch, space: str
+) -> None:
+    """Else the time to plan grows with the cube of their number."""
+    experiment = with_adapters(make_run(*BOTH, f"merge.search={{{space}}}"))
+    run, original = RunFolder(experiment.run_dir), MergeConfig.settings
+    made: list[MergeConfig] = []
+
+    def settings(merge: MergeConfig) -> tuple[MergeSetting, ...]:
+        made.append(merge)
+        return original(merge)
+
+    monkeypatch.setattr(MergeConfig, "settings", settings)
+    trials = plan_trials(experiment, run, "tools")
+    for trial in trials:
+        trial_order(experiment, run, trial, Path("model"))
+    assert len(trials) == 2
+    assert made == [experiment.merge]
+
+
 def test_neighbours_that_come_to_the_same_adapters_are_one_trial(make_run: Factory) -> None:
     space = "merge.search={neighbours: [[], all, [lamps], [lamps, tools]]}"
     experiment = with_adapters(make_run(*BOTH, space))
@@ -417,6 +441,14 @@ def test_other_choosing_users_make_other_trials_and_nothing_else(make_run: Facto
     learned_on_others = "merge.search={granularity: [model, linear]}"
     assert not any(keys(learned_on_others, "merge.score=calibrated"))
     assert not any(keys("merge.prompts_of=scored_users", "merge.score=calibrated"))
+    beside = "merge.search={objective: [distillation, entropy]}"
+    assert keys(beside, "merge.prompts_of=scored_users") == [True, True, False, True, False]
+    drawn = ("merge.search={prompts_of: {choice: [other_users, scored_users]}}",)
+    for num, wanted in ((2, True), (1, None)):  # one draw is of one of the two
+        made = make_run(*BOTH, *drawn, f"merge.num_samples={num}").merge
+        has_it = any(one.prompts_of == "scored_users" for one in made.settings())
+        assert made.spares_scored_users == has_it
+        assert wanted in (None, has_it)
     scored = "merge.prompts_of=scored_users"
     assert not any(keys(learned_on_others, scored, "merge.choose_by=objective"))
 
