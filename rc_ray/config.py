@@ -334,7 +334,12 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
         experiment = Experiment.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(explain(path, error, Experiment)) from None
-    return _with_absolute_paths(experiment, path.resolve().parent)
+    experiment = _with_absolute_paths(experiment, path.resolve().parent)
+    try:
+        experiment.data.refuse_tested_logs()  # one log may have been named in two ways
+    except ValueError as error:
+        raise ConfigError(f"{path}: `data`: {error}") from None
+    return experiment
 
 
 def _with_absolute_paths(experiment: Experiment, folder: Path) -> Experiment:

@@ -229,6 +229,17 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _spirit_of_other_logs(self) -> DataConfig:
+        self.refuse_tested_logs()
+        return self
+
+    def refuse_tested_logs(self) -> None:
+        """Refuse a spirit domain of the same log as a tested domain of another source.
+
+        Two ways to write a path are told to be one only once paths are absolute, see `config.load`.
+
+        Raises:
+            ValueError: names both domains and the log.
+        """
         for one, other in itertools.permutations(self.sources, 2):
             if _log(one) != _log(other):
                 continue
@@ -240,7 +251,6 @@ class DataConfig(Section):
                     f"({_log(one)}); the spirit would train on test targets, so take "
                     f"{feeding[0]} out of `spirit`"
                 )
-        return self
 
     @property
     def candidate_lists(self) -> dict[str, CandidateList]:

@@ -243,6 +243,26 @@ def test_the_spirit_never_learns_from_a_tested_log_under_another_name() -> None:
         _data([csv, {**csv, "domain": "all", "items": "b.csv"}], ["all"])
 
 
+@pytest.mark.parametrize("way", ["absolute", "through a link"])
+def test_one_log_is_one_however_its_path_is_written(path: Path, way: str) -> None:
+    """Beside a path that is relative to the file."""
+    place = path.parent / "raw" / "tools"
+    if way == "through a link":
+        (path.parent / "linked").symlink_to(place)
+    named = {"absolute": str(place), "through a link": "linked"}[way]
+    sources = ", ".join(
+        f"{{format: parquet, domain: {domain}, path: {one}}}"
+        for domain, one in (("tools", "raw/tools"), ("all", named))
+    )
+    spirit = (f"data.sources=[{sources}]", "data.spirit=[all]")
+    with pytest.raises(ConfigError) as caught:
+        load(path, spirit)
+    assert str(caught.value) == (
+        f"{path}: `data`: all under `spirit` and tools, which is tested, are one log ({place}); "
+        "the spirit would train on test targets, so take all out of `spirit`"
+    )
+
+
 def test_genres_of_one_source_may_feed_and_test_but_not_those_of_two() -> None:
     films = {"format": "movielens-100k", "path": "films"}
     split = {**films, "genre_domains": {"tools": ["Crime"], "fun": ["Comedy"]}}
