@@ -17,10 +17,12 @@ def config(*, role: str = "spirit", **fields: Any) -> DataConfig:
     """Settings under which the domain `shop` has a role."""
     other = "ingredients" if role == "spirit" else "spirit"
     role_field = "spirit" if role == "spirit" else "ingredients"
-    source = {"format": "parquet", "path": "nowhere"}
+    sources = [
+        {"format": "parquet", "domain": d, "path": f"nowhere/{d}"} for d in ("shop", "other")
+    ]
     return DataConfig.model_validate(
         {
-            "sources": [{**source, "domain": "shop"}, {**source, "domain": "other"}],
+            "sources": sources,
             role_field: ["shop"],
             other: ["other"],
             "min_user_interactions": 3,
