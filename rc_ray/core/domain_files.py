@@ -25,6 +25,8 @@ HELD_OUT_FILE = "held_out.parquet"
 """Titles and users of a tested domain that no adapter may see that is mixed on it."""
 HELD_CLICKS_FILE = "held_clicks.parquet"
 """What else such an adapter may not train on, where it is another domain's ingredient."""
+HELD_OUT_ELSEWHERE = "held_out_elsewhere"
+"""Column of the items of a domain whose ingredient is mixed on others; other domains lack it."""
 
 _ROWS = 1 << 17
 _INDICES = pa.list_(pa.int32())
@@ -115,7 +117,11 @@ def write_tables(work: Path, domain: CleanDomain, result: SplitDomain, cases: Ca
         pa.array(result.num_train),
         pa.array(result.cold),
     ]
-    pq.write_table(pa.table(items, schema=_ITEMS), work / "items.parquet")
+    schema = _ITEMS
+    if result.held_out_elsewhere is not None:
+        items.append(pa.array(result.held_out_elsewhere))
+        schema = schema.append(pa.field(HELD_OUT_ELSEWHERE, pa.bool_()))
+    pq.write_table(pa.table(items, schema=schema), work / "items.parquet")
     trained = np.flatnonzero(result.train.lengths)
     groups = result.draws[trained]
     _write(

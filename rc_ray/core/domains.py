@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from rc_ray import artifacts
 from rc_ray.core.baselines import log_popularity
-from rc_ray.core.domain_files import FILES
+from rc_ray.core.domain_files import FILES, HELD_OUT_ELSEWHERE
 from rc_ray.core.histories import Histories, Indices
 from rc_ray.core.preparing import prepare_domain
 from rc_ray.core.splits import PURPOSES, TEMPERATURES, Group, Purpose, Temperature
@@ -120,9 +120,15 @@ class Domain:
     cases_by_kind: Mapping[Kind, Sequence[RankingCase]] = field(repr=False, default_factory=dict)
     categories: tuple[str | None, ...] = ()
     """(I,) null where an item has none."""
+    held_out_elsewhere: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    """(I,) items of a title that trains nothing here, since other domains hold it out on which this
+    one's ingredient is mixed. To the domain's own tests they are like any other."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", Histories.of(self.train))
+        if not len(self.held_out_elsewhere):
+            none = np.zeros(len(self.item_ids), dtype=bool)
+            object.__setattr__(self, "held_out_elsewhere", none)
         if not self.categories:
             object.__setattr__(self, "categories", (None,) * len(self.item_ids))
 
@@ -152,6 +158,9 @@ def read_domain(folder: Path) -> Domain:
             raise ArtifactError(f"{path}: differs from its manifest; run `prepare` with --force")
     items = pq.read_table(folder / "items.parquet")
     train = pq.read_table(folder / "train.parquet", columns=["history"])
+    elsewhere = np.zeros(len(items), dtype=bool)
+    if HELD_OUT_ELSEWHERE in items.column_names:
+        elsewhere = items[HELD_OUT_ELSEWHERE].to_numpy()
     return Domain(
         name=folder.name,
         item_ids=tuple(items["item_id"].to_pylist()),
@@ -161,6 +170,7 @@ def read_domain(folder: Path) -> Domain:
         cold=items["cold"].to_numpy(),
         train=Histories.from_arrow(train["history"]),
         cases_by_kind=_cases(folder),
+        held_out_elsewhere=elsewhere,
     )
 
 

@@ -90,6 +90,8 @@ class SplitDomain:
     counts: dict[str, int]
     own_train: Histories | None = None
     """(U,) what would train if other domains held nothing out; null where they do not."""
+    held_out_elsewhere: npt.NDArray[np.bool_] | None = None
+    """(I,) items of a title that these domains hold out; null where they do not."""
 
     @property
     def num_train(self) -> npt.NDArray[np.int64]:
@@ -155,13 +157,14 @@ def split(
                 f"{list_field(name)} = {candidates.num_negatives} ({describe(domain.counts)})"
             )
     whole = _train(warm, draws, config)
-    train, own_train = _sampled(whole, domain, config, seed), None
+    train, own_train, elsewhere = _sampled(whole, domain, config, seed), None, None
     cases = _cases(domain, warm, cold, draws, config, has_cold_cases=is_ingredient)
     if is_ingredient and held_out is not None:
         allowed = whole.where(~outside.trains_nothing(whole.owners, whole.values))
         if not len(allowed.values):
             raise DomainError(_nothing_to_train_on(domain, held_out))
         own_train, train = train, _sampled(allowed, domain, config, seed)
+        elsewhere = outside.items
         num_cases, cases = len(cases), _allowed(cases, draws, outside)
         counts["items_held_out_elsewhere"] = int((outside.items & ~cold).sum())
         counts["interactions_held_out_elsewhere"] = len(whole.values) - len(allowed.values)
@@ -175,7 +178,7 @@ def split(
         "cold_users": int((draws == COLD_USER).sum()),
         "few_shot_users": int((draws == FEW_SHOT).sum()),
     }
-    return SplitDomain(cold, draws, train, cases, cut_offs, counts, own_train)
+    return SplitDomain(cold, draws, train, cases, cut_offs, counts, own_train, elsewhere)
 
 
 def _allowed(cases: CaseTable, draws: Codes, outside: Outside) -> CaseTable:

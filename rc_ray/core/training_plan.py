@@ -185,7 +185,8 @@ class TrainingPlan:
         target = history[place]
         seen = set(history)
         others = [item for item in range(len(domain.titles)) if item not in seen]
-        others = [item for item in others if not domain.cold[item]]
+        is_kept_out = domain.cold | domain.held_out_elsewhere
+        others = [item for item in others if not is_kept_out[item]]
         count = min(self.num_listed, len(others))
         listed = [int(i) for i in rng.choice(others, size=count, replace=False)] + [target]
         listed = [listed[int(i)] for i in rng.permutation(len(listed))]

@@ -248,6 +248,14 @@ def test_what_is_held_out_stays_out_of_adapters_that_are_mixed_there(
     for trained, tested in free:
         assert all(leaks(folder, trained, tested).values())
     assert all(leaks(other, "lamps", "tools").values())
+    # What others hold out is told of the items, where a prompt would list them as wrong answers.
+    for name in ("lamps", "tools", "rivers"):
+        mine = read_domain(folder / name)
+        others = [read_domain(folder / tested) for trained, tested in pairs if trained == name]
+        cold = {t for one in others for t, flag in zip(one.titles, one.cold, strict=True) if flag}
+        flags = zip(mine.titles, mine.held_out_elsewhere, strict=True)
+        assert {title for title, flag in flags if flag} == cold & set(mine.titles)
+    assert "held_out_elsewhere" not in pq.read_schema(other / "lamps" / "items.parquet").names
     # The domain's own tests, and whoever guides its merge, stay as they are.
     for name in ("lamps", "tools"):
         files = [(one / name / "test.parquet").read_bytes() for one in (folder, other)]

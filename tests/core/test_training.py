@@ -209,6 +209,24 @@ def test_instruct_example_answers_with_a_listed_title(lm: LanguageModel) -> None
             assert not set(history) & set(listed)
 
 
+def test_instruct_lists_no_title_that_is_held_out_here_or_elsewhere(lm: LanguageModel) -> None:
+    """Of seven titles `Old Pond` is cold, and another domain holds out `Tin`; neither trains."""
+    histories = ((0, 1, 2), (3, 6, 0, 1), (6, 3, 1, 0))
+    config = TrainingConfig(style="instruct", batch_size=4, num_steps=5)
+
+    def shown(**flags: int) -> set[str]:
+        masks = {name: np.arange(len(TITLES)) == item for name, item in flags.items()}
+        domain = replace(make_domain(), train=histories, **masks)
+        renderer = PromptRenderer(lm.tokenizer, "instruct")
+        plan = TrainingPlan([domain], renderer, config, seed=5, num_listed=7)
+        texts = [lm.tokenizer.decode(one.tokens) for n in range(5) for one in plan.examples(n)]
+        lines = [text.split("Candidates: ")[1].split("\n")[0] for text in texts]
+        return {title for line in lines for title in line.split(" || ")}
+
+    assert shown() == set(TITLES)
+    assert shown(cold=4, held_out_elsewhere=5) == set(TITLES) - {"Old Pond", "Tin"}
+
+
 def test_vocabulary_loss_is_the_usual_cross_entropy(lm: LanguageModel) -> None:
     plan = make_plan(lm, style="instruct", loss="vocabulary")
     examples = plan.examples(0)
