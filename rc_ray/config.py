@@ -122,7 +122,8 @@ class Experiment(Section):
         mixed = [one for one in self.evaluate.systems if self.is_mixed(one)]
         if mixed and not self.can_mix:
             needing += [one for one in mixed if one not in needing]
-            or_neighbours = ", or name `merge.neighbours` to mix ingredients alone"
+            if len(self.data.ingredients) > 1:
+                or_neighbours = ", or name `merge.neighbours` to mix ingredients alone"
         if needing:
             raise ValueError(
                 f"`evaluate.systems` names {', '.join(needing)}, made from a base spirit, but "

@@ -196,6 +196,9 @@ def test_a_mix_needs_two_adapters_and_not_a_spirit(path: Path) -> None:
         "spirit, but `data.spirit` names no domain; name one, or name `merge.neighbours` to mix "
         "ingredients alone, or leave out what needs it"
     )
+    lone = ("data.spirit=[]", "data.guests=[rivers]", "evaluate.systems=[cocktail]")
+    with pytest.raises(ConfigError, match="name one, or leave out what needs it$"):
+        load(path, lone)  # one ingredient alone has no neighbour
 
 
 def test_a_mix_over_the_catalogue_needs_another_style(path: Path) -> None:
