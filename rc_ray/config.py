@@ -239,6 +239,14 @@ class Experiment(Section):
                 "the log's, and `data.negatives: category` draws by the history; take "
                 "`chosen_by: clicks`, or `uniform` or `popularity` negatives in the main list"
             )
+        apart = [name for name in self.data.ingredients if self.held_out_by(name)]
+        if chosen_by == "unlabeled" and self.data.negatives == "popularity" and apart:
+            raise ValueError(
+                "`evaluate.calibration.chosen_by: unlabeled` compares the lists' popularity with "
+                f"the log's, and `data.negatives: popularity` draws on {', '.join(apart)} by "
+                "clicks that `merge.neighbours` or `data.guests` keep from the popularity; take "
+                "`chosen_by: clicks`, or `uniform` negatives in the main list"
+            )
         return self
 
     @model_validator(mode="after")

@@ -358,3 +358,19 @@ def test_a_choice_without_labels_must_know_how_negatives_were_drawn(path: Path) 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_of_the_repository_is_one(path: Path) -> None:
     assert load(path).name == path.stem
+
+
+def test_a_calibration_without_clicks_needs_negatives_drawn_by_what_it_knows(path: Path) -> None:
+    """An ingredient's popularity lacks what guests hold out; its negatives were drawn by all.
+
+    Of two items without a training click one may have been drawn thirty times as often.
+    """
+    unlabeled = ("evaluate.calibration={chosen_by: unlabeled}", "data.negatives=popularity")
+    load(path, unlabeled)
+    guest = ("data.spirit=[lamps]", "data.guests=[rivers]")
+    with pytest.raises(ConfigError) as caught:
+        load(path, (*guest, *unlabeled))
+    assert "`data.negatives: popularity` draws on tools by clicks that" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    load(path, (*guest, *unlabeled[:1]))
+    load(path, (*guest, *unlabeled[1:]))
