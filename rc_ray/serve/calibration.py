@@ -85,7 +85,8 @@ def open_calibration(experiment: Experiment, domain: str) -> Calibration:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{path}: damaged; run `rc-ray evaluate` again") from None
-    because = f": {left}" if left else "; `rc-ray evaluate` chooses one"
+    chooses = "; `rc-ray evaluate` chooses one for each system and domain that it compares"
+    because = f": {left}" if left else chooses
     return Calibration(
         prior_in_trie=experiment.tune.learns_with_prior,
         is_left=bool(left),

@@ -172,7 +172,7 @@ def test_one_line_tells_of_all_domains_alike(experiment: Experiment, run: RunFol
     mine = served(experiment, run)
     assert list(told_by_calibrations(mine)) == [
         "rivers: The likelihood ranks as it was trained, with no calibration for the cocktail; "
-        "`rc-ray evaluate` chooses one.",
+        "`rc-ray evaluate` chooses one for each system and domain that it compares.",
         "tools: The calibration is that of `rc-ray evaluate` for the cocktail.",
     ]
     seal_evaluation(run)
