@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,15 @@ def test_only_mixes_of_made_up_users_say_what_these_are_made_up_from(path: Path)
     assert said.items() <= recipes.cocktail(searched, "tools").config.items()
     trials = [recipes.merge_trial(searched, one, "tools").config for one in searched.variants()]
     assert ["made_up_from" in config for config in trials] == [False, True]
+
+
+def test_only_joint_loras_that_validate_say_on_whom(path: Path) -> None:
+    """Those of before were validated on a sample of all users, and are stale; others stand."""
+
+    def said(of: Callable[[Experiment, str], Recipe], *overrides: str) -> list[object]:
+        trials = of(load(path, overrides), "tools").config["trials"]
+        return [trial.get("validated_on") for trial in trials]
+
+    assert said(recipes.joint) == said(recipes.ingredient) == [None]
+    assert said(recipes.joint, "tune.valid_every=2") == ["first domain"]
+    assert said(recipes.ingredient, "tune.valid_every=2") == [None]
