@@ -123,9 +123,13 @@ def domain_names(source: Source) -> tuple[str, ...]:
 
 
 def _log(source: Source) -> str:
-    """Where the interactions of a source lie, as its section writes it."""
-    path = source.interactions if isinstance(source, CsvSource) else source.path
-    return os.path.normpath(path) if path is not None else "the embedded MovieLens-100K"
+    """Where a source's log lies, as its section writes it.
+
+    Of CSV files the items' belong to it: one log of several domains may be told apart by them.
+    """
+    if isinstance(source, CsvSource):
+        return f"{os.path.normpath(source.interactions)} with {os.path.normpath(source.items)}"
+    return os.path.normpath(source.path) if source.path else "the embedded MovieLens-100K"
 
 
 class CandidateList(Section):

@@ -242,8 +242,9 @@ def test_the_spirit_never_learns_from_a_tested_log_under_another_name() -> None:
     _data([same, tools], [])  # without a role it is never read
     _data([{**same, "path": "raw/all"}, tools], ["all"])
     csv = {"format": "csv", "domain": "tools", "interactions": "log.csv", "items": "a.csv"}
-    with pytest.raises(ValidationError, match=r"are one log \(log\.csv\)"):
-        _data([csv, {**csv, "domain": "all", "items": "b.csv"}], ["all"])
+    with pytest.raises(ValidationError, match=r"are one log \(log\.csv with a\.csv\)"):
+        _data([csv, {**csv, "domain": "all"}], ["all"])
+    _data([csv, {**csv, "domain": "all", "items": "b.csv"}], ["all"])  # of other items
 
 
 @pytest.mark.parametrize("way", ["absolute", "through a link"])
