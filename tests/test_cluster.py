@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -113,3 +115,13 @@ def test_the_image_installs_what_is_pinned_and_is_no_root() -> None:
     for source in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
         for name in source.split():
             assert (ROOT / name).exists(), name
+
+
+def test_the_stand_in_of_the_image_has_every_package(tmp_path: Path) -> None:
+    """Its dependencies are installed before the code is there; pip refuses a missing package."""
+    text = (ROOT / "cluster/Dockerfile").read_text().replace("\\\n", " ")
+    (made,) = re.findall(r"^RUN (mkdir -p rc_ray.*?) && pip install", text, re.MULTILINE)
+    subprocess.run(["sh", "-c", made], check=True, cwd=tmp_path)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for package in project["tool"]["setuptools"]["packages"]:
+        assert (tmp_path / package.replace(".", "/") / "__init__.py").is_file(), package
