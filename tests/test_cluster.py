@@ -108,6 +108,15 @@ def test_the_launcher_accepts_the_cluster(path: Path) -> None:
         jsonschema.validate({**config, "max_worker": 1}, schema)
 
 
+@pytest.mark.parametrize("path", LAUNCHER, ids=lambda p: p.stem)
+def test_the_head_can_ask_the_cloud_for_nodes(path: Path) -> None:
+    """Ray's provider for AWS imports boto3, which neither Ray nor the project installs."""
+    config = read(path)
+    assert config["provider"]["type"] == "aws"
+    assert any("boto3" in command for command in config["head_setup_commands"])
+    assert "pip install boto3" in path.read_text().partition("cluster_name:")[0]
+
+
 def test_the_image_installs_what_is_pinned_and_is_no_root() -> None:
     text = (ROOT / "cluster/Dockerfile").read_text()
     assert "--constraint constraints.txt" in text

@@ -140,6 +140,17 @@ def test_ray_takes_the_command(words: list[str]) -> None:
         rc_ray(["run", *arguments])
 
 
+def test_a_job_is_submitted_to_an_address() -> None:
+    """Where none is given or exported, Ray looks for a cluster on this machine and finds none."""
+    texts = [*blocks("bash"), *(path.read_text() for path in (ROOT / "cluster").rglob("*.yaml"))]
+    submitting = [text for text in texts if "ray job submit" in text]
+    assert submitting
+    for text in submitting:
+        exported = "export RAY_ADDRESS=http" in text
+        for line in re.findall(r"ray job submit.*", text):
+            assert exported or "--address http://" in line, line
+
+
 def test_kubectl_applies_what_is_there() -> None:
     for words in of("kubectl"):
         if words[:2] == ["apply", "-f"]:
