@@ -137,8 +137,9 @@ def clean(raw: RawDomain, config: DataConfig, seed: int, say: Say = silent) -> C
 
 
 def describe(counts: dict[str, int]) -> str:
-    """The counts as one line of words."""
-    return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
+    """The counts as one line of words, but for the zeros of what cleaning may find."""
+    told = {name: count for name, count in counts.items() if count or name.startswith("raw")}
+    return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in told.items())
 
 
 def list_field(name: str) -> str:

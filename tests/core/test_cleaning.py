@@ -204,6 +204,7 @@ def test_an_empty_domain_is_named_with_its_counts(
     with pytest.raises(DomainError, match="domain `shop`") as caught:
         clean(raw(log, items), config(), seed=0)
     assert words in str(caught.value)
+    assert "duplicate items" not in str(caught.value)  # there were none to tell of
 
 
 def test_too_few_items() -> None:
