@@ -239,7 +239,8 @@ def times(
                 path, column, values, np.asarray(pc.fill_null(values, 0)) < 0, place, "is negative"
             )
         return values
-    numbers = _numbers(path, column, values, place)
+    dates = "; give Unix seconds, or let `rc-ray import table --time-unit iso` read the dates"
+    numbers = _numbers(path, column, values, place, fix=dates)
     floats = numbers.to_numpy(zero_copy_only=False)
     known = ~np.isnan(floats)  # a null reads as not-a-number
     for wrong, what in ((np.isinf(floats), "is infinite"), (floats < 0, "is negative")):
@@ -269,7 +270,7 @@ def _wrong_time(
     )
 
 
-def _numbers(path: Path, column: str, values: pa.Array, place: Place) -> pa.Array:
+def _numbers(path: Path, column: str, values: pa.Array, place: Place, *, fix: str = "") -> pa.Array:
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         return values.cast(pa.float64(), safe=False)
     try:
@@ -277,8 +278,8 @@ def _numbers(path: Path, column: str, values: pa.Array, place: Place) -> pa.Arra
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         row = _first_bad(values)
         raise SourceError(
-            f"{path}: {place(row)}: the column `{column}` must hold numbers (time in Unix "
-            f"seconds), found {str(values[row])[:60]!r}"
+            f"{path}: {place(row)}: the column `{column}` must hold numbers, found "
+            f"{str(values[row])[:60]!r}{fix}"
         ) from None
 
 
