@@ -35,11 +35,13 @@ def run_stages(
     address: str | None = None,
 ) -> None:
     with plain_errors(verbose), opened(path, overrides) as (experiment, console):
-        from rc_ray.status import refuse_stale
+        from rc_ray.status import refuse_stale, refuse_without_inputs
 
         stages = _possible(experiment, stages, console)
         refuse_stale(path, experiment, _built_on(stages))
         on_ray = [name for name in stages if name in ON_RAY]
+        if on_ray and on_ray[0] == stages[0]:
+            refuse_without_inputs(experiment, stages[0])
         with only_driver_of(experiment, stages):
             write_config(experiment)
             run_each([name for name in stages if name in BEFORE_RAY], experiment, force, console)

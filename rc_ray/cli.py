@@ -187,6 +187,9 @@ def serve(
 ) -> None:
     """Serve the cocktails of all domains behind one HTTP endpoint, until Ctrl-C."""
     with plain_errors(verbose), opened(experiment, overrides) as (loaded, console):
+        from rc_ray.serve.served import refuse_unmade
+
+        refuse_unmade(loaded)
         with session(loaded, address, verbose):
             from rc_ray.serve.deployments import deploy
 

@@ -16,6 +16,7 @@ from rc_ray.artifacts import RunFolder
 from rc_ray.base_content import known_base
 from rc_ray.config import Experiment
 from rc_ray.curves import shaping_config
+from rc_ray.errors import ArtifactError
 from rc_ray.mix_config import FixedMix, LearnedMix, MixConfig
 from rc_ray.systems import System
 from rc_ray.training_config import EXECUTION_FIELDS, TrainingConfig
@@ -55,6 +56,16 @@ _EXECUTION: dict[str, set[str]] = {
 }
 """Fields that say how a stage runs, not what comes out."""
 
+_MADE_BY = {
+    "data": "prepare",
+    "spirit": "train",
+    "ingredients": "tune",
+    "controls": "tune",
+    "cocktails": "merge",
+    "evaluate": "evaluate",
+}
+"""The first folder of what a stage reads -> the verb that makes it."""
+
 _MADE_UP_FROM = "titles that are not held out"
 """What `objective: distillation` makes users up from. Mixes from before, whose users had held-out
 titles too, do not say it, and are stale."""
@@ -74,6 +85,10 @@ class Recipe:
         Raises:
             ArtifactError: a stage before this one has not finished.
         """
+        for name in self.reads:
+            if not (run.root / name / artifacts.MANIFEST).exists():
+                verb = _MADE_BY[name.partition("/")[0]]
+                raise ArtifactError(f"{run.root / name}: not there yet; run `rc-ray {verb}` first")
         return {name: artifacts.manifest_digest(run.root / name) for name in self.reads}
 
 

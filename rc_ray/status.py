@@ -100,6 +100,29 @@ def refuse_stale(path: Path, experiment: Experiment, stages: Collection[str]) ->
             )
 
 
+def refuse_without_inputs(experiment: Experiment, stage: str) -> None:
+    """Refuse a stage of which no part has what it reads, before Ray is started for it.
+
+    Raises:
+        ArtifactError: names the first folder that is missing and the verb that makes it.
+    """
+    data = experiment.data
+    parts = {
+        "train": lambda: [recipes.spirit(experiment)],
+        "tune": lambda: [recipes.ingredient(experiment, name) for name in data.ingredients],
+        "merge": lambda: [recipes.cocktail(experiment, name) for name in data.tested],
+        "evaluate": lambda: [recipes.evaluation(experiment)],
+    }[stage]()
+    missing = []
+    for part in parts:
+        try:
+            part.inputs(RunFolder(experiment.run_dir))
+            return
+        except ArtifactError as error:
+            missing.append(error)
+    raise missing[0]
+
+
 def told_by_merges(experiment: Experiment) -> Iterator[str]:
     """By domain that has a cocktail: what is served and why, and which mixes failed.
 

@@ -20,8 +20,9 @@ from rc_ray import demo, recipes
 from rc_ray.artifacts import RunFolder, write_manifest
 from rc_ray.cli import app
 from rc_ray.config import Experiment, load
+from rc_ray.errors import ArtifactError
 from rc_ray.recipes import Recipe
-from rc_ray.status import dump, read_status
+from rc_ray.status import dump, read_status, refuse_without_inputs
 from tests.conftest import Screen
 from tests.tiny import make_experiment
 
@@ -122,12 +123,39 @@ def test_a_missing_file_starts_no_ray(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_stage_without_its_forerunner_says_which(tmp_path: Path) -> None:
-    path = make_experiment(tmp_path)
-    result = call("report", str(path))
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("train", "data/lamps: not there yet; run `rc-ray prepare` first"),
+        ("tune", "data/tools: not there yet; run `rc-ray prepare` first"),
+        ("merge", "spirit: not there yet; run `rc-ray train` first"),
+        ("evaluate", "spirit: not there yet; run `rc-ray train` first"),
+        ("report", "evaluate: not there yet; run `rc-ray evaluate` first"),
+        ("serve", "data/tools: not there yet; run `rc-ray prepare` first"),
+    ],
+)
+def test_a_stage_without_its_forerunner_says_which_and_starts_no_ray(
+    verb: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def session(*_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("rc_ray.chain.session", session)
+    monkeypatch.setattr("rc_ray.cli.session", session)
+    result = call(verb, str(make_experiment(tmp_path)))
     assert result.exit_code == 2
-    assert "evaluate" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_ingredient_that_failed_does_not_keep_the_others_from_being_mixed(
+    finished: Path,
+) -> None:
+    """One of two domains lacks its ingredient: the stage runs and names it."""
+    both = load(finished, ("data.spirit=[lamps]", "data.ingredients=[rivers, tools]"))
+    with pytest.raises(ArtifactError, match="ingredients/rivers: not there yet"):
+        recipes.cocktail(both, "rivers").inputs(RunFolder(both.run_dir))
+    refuse_without_inputs(both, "merge")
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])

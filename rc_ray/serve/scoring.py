@@ -37,7 +37,7 @@ from rc_ray.serve.schemas import (
     RequestError,
     explain,
 )
-from rc_ray.serve.served import guard_of, served_domains, served_system, stage_of
+from rc_ray.serve.served import guard_of, maker, served_domains, served_system, stage_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def check_adapter_files(experiment: Experiment, domain: str) -> Path:
     """
     run, system = RunFolder(experiment.run_dir), served_system(experiment, domain)
     stage = stage_of(run, system, domain)
-    verb = {"spirit": "train", "ingredient": "tune"}.get(system, "merge")
+    verb = maker(system)
     inner = mix_place(system) if verb == "merge" else "."
     if not (stage / MANIFEST).exists():
         raise ArtifactError(f"{stage}: no {system} to serve; run `rc-ray {verb}` first")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rc_ray.artifacts import RunFolder
+from rc_ray.artifacts import MANIFEST, RunFolder
 from rc_ray.config import Experiment
+from rc_ray.errors import ArtifactError
 from rc_ray.guard import Verdict, read_guard
 
 
@@ -35,6 +36,26 @@ def guard_of(experiment: Experiment, domain: str) -> Verdict | None:
     if experiment.serve.system != "cocktail" or not experiment.serve.guard:
         return None
     return read_guard(RunFolder(experiment.run_dir).cocktail_dir(domain))
+
+
+def refuse_unmade(experiment: Experiment) -> None:
+    """Refuse to serve what is not there, before Ray is started for it.
+
+    Raises:
+        ArtifactError: names the first folder that is missing and the verb that makes it.
+    """
+    run = RunFolder(experiment.run_dir)
+    for domain in served_domains(experiment):
+        system = served_system(experiment, domain)
+        made_by = {run.domain_dir(domain): "prepare", stage_of(run, system, domain): maker(system)}
+        for folder, verb in made_by.items():
+            if not (folder / MANIFEST).exists():
+                raise ArtifactError(f"{folder}: not there yet; run `rc-ray {verb}` first")
+
+
+def maker(system: str) -> str:
+    """The verb that makes what is served."""
+    return {"spirit": "train", "ingredient": "tune"}.get(system, "merge")
 
 
 def stage_of(run: RunFolder, system: str, domain: str) -> Path:

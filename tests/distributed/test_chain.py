@@ -305,9 +305,9 @@ def test_a_truncated_adapter_is_named_and_nothing_is_lost(
 
 def test_stages_out_of_order_say_what_is_missing(make_run: Factory, screen: Screen) -> None:
     experiment = make_run()
-    with pytest.raises(merge.CocktailsFailed, match="run the stage that makes it first"):
+    with pytest.raises(merge.CocktailsFailed, match="not there yet; run `rc-ray train` first"):
         merge.run(experiment, console=screen.console)
-    with pytest.raises(ArtifactError, match="run the stage that makes it first"):
+    with pytest.raises(ArtifactError, match="not there yet; run `rc-ray train` first"):
         evaluate.run(experiment, console=screen.console)
 
 
