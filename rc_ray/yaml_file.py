@@ -43,7 +43,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         ConfigError: it is not of that form, or names a field inside of what has none.
     """
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise ConfigError(f"--set {override}: write it as dotted.key=value")
     *parents, leaf = key.split(".")
     node = raw
@@ -99,6 +99,10 @@ def _told(problem: Any, where: str, section: Any) -> tuple[str, str]:
             return f"`{outer}`: the name {last} does not match {context['pattern']}", ""
         case "tuple_type" | "list_type":
             return "", "Input should be a list, such as [a, b]"
+        case "too_short":
+            return "", f"Input should name at least {context['min_length']}"
+        case "path_type":
+            return "", "Input should be a path"
         case "dict_type" | "model_type" | "model_attributes_type":
             return "", "Input should be a section of fields"
     message = str(problem["msg"]).removeprefix("Value error, ")

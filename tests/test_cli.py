@@ -35,6 +35,8 @@ BROKEN = {
     "a wrong value": ("train: {num_steps: none}", "`train.num_steps`"),
     "an odd batch": ("train: {batch_size: 5, num_workers: 2}", "not divisible"),
     "no YAML": ("train: [", "not valid YAML"),
+    "no system": ("evaluate: {systems: []}", "`evaluate.systems`: Input should name at least 1"),
+    "no path": ("output_dir: 5", "`output_dir`: Input should be a path"),
     "cut-offs out of order": ("evaluate: {ks: [5, 1]}", "`ks` must rise"),
     "a probe without its list": (
         "evaluate: {probes: [popularity_negatives]}",
@@ -89,6 +91,7 @@ def test_a_broken_experiment_is_one_plain_line(case: str, tmp_path: Path) -> Non
         (("run", "nowhere.yaml"), "nowhere.yaml: no such experiment file"),
         (("run", "."), "is a folder"),
         (("show", "jobs/demo.yaml", "--set", "train.num_steps"), "dotted.key=value"),
+        (("show", "jobs/demo.yaml", "--set", "train.=5"), "dotted.key=value"),
         (("show", "jobs/demo.yaml", "--set", "data.spirit=[comedy, action]"), "action"),
     ],
 )
