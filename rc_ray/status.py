@@ -12,18 +12,33 @@ import yaml
 from rc_ray import recipes
 from rc_ray.artifacts import MANIFEST, RunFolder, fingerprint, read_json, sha256_file
 from rc_ray.config import Experiment
-from rc_ray.data_config import domain_names
+from rc_ray.data_config import DataConfig, Section, domain_names
 from rc_ray.errors import ArtifactError, ConfigError
 from rc_ray.guard import ARTICLES, read_guard
 from rc_ray.prepare import fingerprint_config
+from rc_ray.training_config import TrainConfig
+from rc_ray.tune_config import TuneConfig
 
 _NAMES = {
-    "`made`": "the set of mixes that `merge.mixes` and `evaluate.systems` ask for",
-    "`model.content`": "what is noted of the files in the model's folder",
-    "`held_out_by`": "the set of domains on which its adapter is mixed, and whose held-out titles "
+    "made": "the set of mixes that `merge.mixes` and `evaluate.systems` ask for",
+    "model.content": "what is noted of the files in the model's folder",
+    "held_out_by": "the set of domains on which its adapter is mixed, and whose held-out titles "
     "and users it must not train on (`data.ingredients`, `data.guests`, `merge.neighbours`),",
+    "trials": "the set of trials that `tune.search` asks for",
+    "own_share": "the number of histories that spirit and ingredient learn from (`num_steps` and "
+    "`batch_size` of `train` and `tune`)",
+    "valid_max_titles": "`evaluate.max_titles`",
+    "num_test_users": "`evaluate.num_test_users`",
+    "style": "`tune.style`",
+    "with_prior": "whether adapters learn with the prior (`tune.loss`, `tune.prior_in_loss`)",
 }
-"""What a setting is called by that no field of the file is named after."""
+"""What a setting is called by that a manifest knows under a name of its own."""
+_SECTIONS: dict[str, tuple[str, type[Section]]] = {
+    "prepare": ("data", DataConfig),
+    "train": ("train", TrainConfig),
+    "tune": ("tune", TuneConfig),
+}
+"""Stage -> the section of the file whose fields its manifest names without it."""
 
 State = Literal["finished", "stale", "missing", "unneeded"]
 
@@ -167,8 +182,7 @@ def _reasons(
         for name in sorted(set(reads) ^ set(inputs)):
             yield f"{name} is {'new' if name in reads else 'no longer'} among what it reads"
     for field in _differing(recorded, config):
-        named = field.replace("`trials.", "`")  # a sweep's trials have one model
-        yield f"{_NAMES.get(named, field)} has changed"
+        yield f"{_said(manifest.get('stage', ''), field)} has changed"
     if fingerprint(config=config, seed=seed, inputs=inputs) != manifest.get("fingerprint"):
         yield "made by another version of the method"
 
@@ -192,6 +206,24 @@ def _wanted(
     return recipe.config, recipe.reads
 
 
+def _said(stage: str, field: str) -> str:
+    """A setting of a manifest as the experiment file names it."""
+    name = field.removeprefix("trials.")  # a sweep's trials differ in what is searched alone
+    if name in _NAMES:
+        return _NAMES[name]
+    section, fields = _SECTIONS.get(stage, ("", Section))
+    first, _, rest = name.partition(".")
+    if first == "training":
+        name = f"{section}.{rest}"
+    elif first == "scores":
+        name = f"evaluate.{rest}"
+    elif first == "source":
+        name = "data.sources"
+    elif first in fields.model_fields:
+        name = f"{section}.{name}"
+    return f"`{name}`"
+
+
 def _differing(recorded: Any, now: Any, path: str = "") -> Iterator[str]:
     """Dotted names of what differs, or stands on one side only."""
     if isinstance(recorded, Mapping) and isinstance(now, Mapping):
@@ -200,9 +232,9 @@ def _differing(recorded: Any, now: Any, path: str = "") -> Iterator[str]:
             if key in recorded and key in now:
                 yield from _differing(recorded[key], now[key], inner)
             else:
-                yield f"`{inner}`"
+                yield inner
     elif isinstance(recorded, list) and isinstance(now, list) and len(recorded) == len(now):
         for before, after in zip(recorded, now, strict=True):
             yield from _differing(before, after, path)
     elif recorded != now:
-        yield f"`{path}`"
+        yield path

@@ -250,6 +250,26 @@ def test_show_says_what_the_stages_would_do(finished: Path, override: str, stale
     assert found == stale.split()
 
 
+@pytest.mark.parametrize(
+    ("override", "stage", "field"),
+    [
+        ("data.num_negatives=8", "prepare", "data.num_negatives"),
+        ("train.lora.rank=5", "train", "train.lora.rank"),
+        ("tune.num_steps=9", "tune", "tune.num_steps"),
+        ("tune.num_valid_users=9", "tune", "tune.num_valid_users"),
+        ("evaluate.max_titles=4", "tune", "evaluate.max_titles"),
+        ("evaluate.gammas=[0.0]", "merge", "evaluate.gammas"),
+        ("merge.num_epochs=2", "merge", "merge.num_epochs"),
+        ("evaluate.num_bootstrap=9", "evaluate", "evaluate.num_bootstrap"),
+    ],
+)
+def test_show_names_the_field_as_the_file_does(
+    finished: Path, override: str, stage: str, field: str
+) -> None:
+    told = {one.stage: one.detail for one in read_status(load(finished, (override,)))}
+    assert f"(`{field}` has changed)" in told[stage]
+
+
 def test_show_names_what_a_person_set(finished: Path) -> None:
     with_random = "evaluate.systems=[base, spirit, ingredient, random_spirit, cocktail]"
     told = {one.stage: one.detail for one in read_status(load(finished, (with_random,)))}
