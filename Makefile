@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.11 or later; everything lands in .venv.
+# `make demo` and `make test` need gcc and Python 3.11 or later; everything lands in .venv.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin

@@ -140,8 +140,8 @@ def check_for_optuna(space: SearchSpace) -> None:
         )
     if find_spec("optuna") is None:
         raise ValueError(
-            "`search_algorithm: optuna` needs the package optuna; install `rc-ray[sweep]`, or "
-            "set `search_algorithm: random`"
+            "`search_algorithm: optuna` needs the package optuna; run `pip install optuna`, "
+            "or set `search_algorithm: random`"
         )
 
 

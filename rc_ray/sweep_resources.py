@@ -29,8 +29,8 @@ def check_request(config: TuneConfig, model: Path) -> None:
     """
     if config.num_workers > 1 and find_spec("deepspeed") is None:
         raise ConfigError(
-            "`tune.num_workers` above 1 needs the package deepspeed; install `rc-ray[ray]`, or set "
-            "it to 1"
+            "`tune.num_workers` above 1 needs the package deepspeed; run `pip install deepspeed`, "
+            "or set it to 1"
         )
     unsure = [
         lora

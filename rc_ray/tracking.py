@@ -55,8 +55,8 @@ def prepare(config: TrackingConfig, run_dir: Path) -> list[str]:
     if config.tensorboard:
         if find_spec("tensorboardX") is None:
             raise ConfigError(
-                "`tracking.tensorboard` needs the package tensorboardX; install `rc-ray[ray]`, or "
-                "set it to false"
+                "`tracking.tensorboard` needs the package tensorboardX; run "
+                "`pip install tensorboardX`, or set it to false"
             )
         lines.append(f"curves: tensorboard --logdir {run_dir / 'tensorboard'}")
     if config.mlflow is not None:
@@ -143,8 +143,8 @@ def _make_experiment(uri: str, name: str) -> None:
         )
     if find_spec("mlflow") is None:
         raise ConfigError(
-            "`tracking.mlflow` needs the package mlflow; install `rc-ray[tracking]` or mlflow "
-            "itself, or leave the field out"
+            "`tracking.mlflow` needs the package mlflow; run `pip install mlflow-skinny`, or "
+            "leave the field out"
         )
     _prepare_environment(uri)
     import mlflow

@@ -111,8 +111,8 @@ def check_request(config: TrainConfig) -> None:
 
         if find_spec("deepspeed") is None:
             raise ConfigError(
-                "`train.engine: deepspeed` needs the package deepspeed; install `rc-ray[ray]`, or "
-                "set `train.engine: torch` with one worker"
+                "`train.engine: deepspeed` needs the package deepspeed; run `pip install "
+                "deepspeed`, or set `train.engine: torch` with one worker"
             )
     require_resources(
         "`train.num_workers` with `train.cpus_per_worker` and `train.gpus_per_worker`",

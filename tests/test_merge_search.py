@@ -168,7 +168,7 @@ def test_optuna_is_asked_for_by_name_when_it_is_missing(
     make_run: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search_space, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"merge.*install `rc-ray\[sweep\]`"):
+    with pytest.raises(ConfigError, match=r"merge.*run `pip install optuna`"):
         make_run(f"merge.search={{{RATES}}}", "merge.num_samples=2", OPTUNA)
 
 

@@ -99,7 +99,7 @@ def test_a_search_that_cannot_be_is_refused_in_one_line(fields: dict[str, Any], 
 
 def test_optuna_is_asked_for_by_name_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_space, "find_spec", lambda name: None)
-    with pytest.raises(ValidationError, match=r"install `rc-ray\[sweep\]`"):
+    with pytest.raises(ValidationError, match=r"run `pip install optuna`"):
         config(
             search={"learning_rate": {"uniform": [0.1, 0.2]}},
             num_samples=2,

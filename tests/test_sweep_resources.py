@@ -63,5 +63,5 @@ def test_trials_of_several_workers_need_deepspeed(
     model = make_model(tmp_path / "model")
     monkeypatch.setattr(sweep_resources, "find_spec", lambda name: None)
     check_request(config(), model)
-    with pytest.raises(ConfigError, match=r"`tune.num_workers` .* install `rc-ray\[ray\]`"):
+    with pytest.raises(ConfigError, match=r"`tune.num_workers` .* run `pip install deepspeed`"):
         check_request(config(num_workers=2), model)

@@ -268,9 +268,17 @@ def test_where_the_curves_are_is_told(tmp_path: Path) -> None:
     ("settings", "absent", "message"),
     [
         ({"mlflow": "mlruns"}, None, r"`tracking.mlflow` is 'mlruns', which is no URI.*file:///"),
-        ({"mlflow": "http://tracking:5000"}, "mlflow", r"needs the package mlflow; install"),
+        (
+            {"mlflow": "http://tracking:5000"},
+            "mlflow",
+            r"needs the package mlflow; run `pip install",
+        ),
         ({"mlflow": "nowhere://tracking"}, None, r"`tracking.mlflow`: nowhere://tracking cannot"),
-        ({"tensorboard": True}, "tensorboardX", r"needs the package tensorboardX; install"),
+        (
+            {"tensorboard": True},
+            "tensorboardX",
+            r"needs the package tensorboardX; run `pip install",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(
