@@ -30,9 +30,16 @@ def only_driver(run_dir: Path, stages: Sequence[str]) -> Iterator[None]:
 
     Raises:
         RunInUse: names the stage, and the process, machine and time of who holds it.
+        UserError: the run folder cannot be made.
     """
     folder = run_dir / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror or error}; `output_dir` names the folder "
+            "of run folders"
+        ) from None
     with ExitStack() as held:
         for stage in stages:
             # Not emptied at opening: what it says is the other driver's, if that one holds it.

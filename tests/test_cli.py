@@ -105,6 +105,15 @@ def test_a_wrong_request_is_one_plain_line(
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_run_folder_that_cannot_be_made_names_its_field(tmp_path: Path) -> None:
+    path = make_experiment(tmp_path)
+    result = call("prepare", str(path), "--set", f"output_dir={path}")
+    assert result.exit_code == 2
+    assert "experiment.yaml" in result.stderr
+    assert "`output_dir` names the folder" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_a_missing_file_starts_no_ray(tmp_path: Path) -> None:
     path = make_experiment(tmp_path)
     raw = yaml.safe_load(path.read_text())
