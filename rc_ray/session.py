@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 from rc_ray.artifacts import RunFolder
 from rc_ray.errors import ConfigError
 
+_KNOCK_S = 20.0
 _LOG_TAIL_BYTES = 1_000_000
 _LOG_TOTAL_BYTES = 20_000_000
 _LOG_PATTERNS = ("worker-*.out", "worker-*.err", "raylet.*", "gcs_server.*", "train/*.log")
@@ -223,6 +225,7 @@ def _join(address: str, verbose: bool, logging_level: str) -> None:
     import ray
 
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=verbose, logging_level=logging_level)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -230,6 +233,19 @@ def _join(address: str, verbose: bool, logging_level: str) -> None:
             f"no Ray cluster answers at {address} ({reason[0]}); check the address or RAY_ADDRESS, "
             "and RAY_AUTH_TOKEN if the cluster wants a token"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise ConnectionError where nobody listens at `host:port`: Ray would try for minutes."""
+    if address.startswith(("http://", "https://")):
+        raise ConnectionError("it is the Jobs API's; `ray job submit` takes it, a driver host:port")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(getattr(error, "strerror", None) or str(error)) from None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,22 @@ def test_descriptors_come_back_after_an_error(ray_local, tmp_path: Path, capfd) 
     assert captured.out == "outside\n"
     assert captured.err == ""
     assert (tmp_path / "logs" / "ray.log").read_text() == "inside\ninside too\n"
+
+
+def test_an_address_where_nobody_listens_is_told_at_once() -> None:
+    """In a program of its own: this one may use a Ray."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # nobody listens there once it is closed
+    for address in (f"127.0.0.1:{port}", "127.0.0.1:99999", f"http://127.0.0.1:{port}"):
+        program = (
+            "from rc_ray import session\n"
+            f"try:\n    session._join({address!r}, False, 'ERROR')\n"
+            "except Exception as error:\n    print(type(error).__name__, error)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=True
+        )
+        assert done.stdout.startswith(f"ConfigError no Ray cluster answers at {address} (")
 
 
 def test_a_ray_in_use_is_left_running(
