@@ -1,7 +1,7 @@
 r"""Training a LoRA: ours beside `transformers.Trainer` with PEFT, on the same histories.
 
     python jobs/benchmarks/training.py runs/demo/data/action
-    python jobs/benchmarks/training.py runs/demo/data/action runs/demo/data/drama \
+    python jobs/benchmarks/training.py runs/demo/data/action runs/demo/data/drama_documentary \
         --quality-minutes 10
     python jobs/benchmarks/training.py runs/demo/data/action --random-config qwen2-7b
 
