@@ -45,7 +45,7 @@ from rc_ray.serve.scoring import (
     open_catalogue,
     open_language_model,
 )
-from rc_ray.serve.served import served_domains
+from rc_ray.serve.served import served_domains, told_by_system
 from rc_ray.session import require_resources
 
 APPLICATION = "rc_ray"
@@ -200,7 +200,7 @@ def deploy(experiment: Experiment, console: Progress, *, blocking: bool) -> str:
         serve.start(http_options={"host": host, "port": port}, logging_config=_LOGGING)
     else:  # a cluster has one Serve, whose address was settled when it started
         host, port = running.http_config.host, running.http_config.port
-    console.note(f"loading {', '.join(served_domains(experiment))} ({config.system})")
+    console.note(f"loading {told_by_system(experiment)}")
     try:
         serve.run(make_application(experiment), name=APPLICATION, route_prefix="/")
     except BaseException:

@@ -27,6 +27,14 @@ def served_system(experiment: Experiment, domain: str) -> str:
     return experiment.serve.system if verdict is None else verdict.chosen
 
 
+def told_by_system(experiment: Experiment) -> str:
+    """What is served where, as `action, drama (cocktail); music (spirit)`."""
+    found: dict[str, list[str]] = {}
+    for domain in served_domains(experiment):
+        found.setdefault(served_system(experiment, domain), []).append(domain)
+    return "; ".join(f"{', '.join(domains)} ({system})" for system, domains in found.items())
+
+
 def guard_of(experiment: Experiment, domain: str) -> Verdict | None:
     """What the guard of a domain said; None where it has no say in what is served.
 

@@ -12,6 +12,7 @@ from rc_ray.artifacts import RunFolder, write_json
 from rc_ray.config import Experiment
 from rc_ray.serve.calibration import open_calibration, told_by_calibrations
 from rc_ray.serve.scoring import describe, open_catalogue
+from rc_ray.serve.served import told_by_system
 from tests.serve.fake_run import seal_anew, seal_evaluation
 
 TOLD = {"alpha": 1.0, "gamma": 2.0, "prior_in_trie": False}
@@ -125,6 +126,15 @@ def test_what_the_guard_chose_is_for_the_adapter_that_it_judged(
     )
     seal_anew(run, "spirit")
     assert not open_calibration(mine, "tools").measured
+
+
+def test_what_is_loaded_is_told_as_the_guard_chose_it(
+    experiment: Experiment, run: RunFolder
+) -> None:
+    guard(run, "spirit")
+    mine = served(experiment, run)
+    assert told_by_system(mine) == "rivers (cocktail); tools (spirit)"
+    assert told_by_system(served(experiment, run, guard=False)) == "rivers, tools (cocktail)"
 
 
 def test_what_was_compared_as_guarded_holds_while_the_guard_s_word_does(
