@@ -256,7 +256,10 @@ def test_another_choice_of_the_settings_scores_no_list_anew(
     experiment: Experiment, screen: Screen
 ) -> None:
     folder = RunFolder(experiment.run_dir)
+    merge.run(experiment, console=screen.console)  # the slow tests may be asked for alone
+    evaluate.run(experiment, console=screen.console)
     before = {path: path.stat().st_mtime_ns for path in folder.root.rglob("warm-*.npz")}
+    assert before
     settings = CalibrationConfig(chosen_by="unlabeled", scope="global")
     changed = experiment.evaluate.model_copy(
         update={"calibration": settings, "num_catalogue_users": 0}
