@@ -57,7 +57,7 @@ def _possible(experiment: Experiment, stages: Sequence[str], console: Progress) 
         ConfigError: the one stage asked for needs a base spirit and no domain feeds one.
     """
     from rc_ray.errors import ConfigError
-    from rc_ray.recipes import nothing_to_do, stages_needed
+    from rc_ray.recipes import stages_needed
 
     needed = stages_needed(experiment)
     if len(stages) > 1:
@@ -65,9 +65,20 @@ def _possible(experiment: Experiment, stages: Sequence[str], console: Progress) 
         if left_out:
             console.note(f"no system of `evaluate.systems` needs {', '.join(left_out)}: left out")
         return [name for name in stages if name in needed]
-    if nothing_to_do(experiment, stages[0]):
+    if _nothing_to_do(experiment, stages[0]):
         raise ConfigError(f"`data.spirit` names no domain, so there is nothing to {stages[0]}")
     return stages
+
+
+def _nothing_to_do(experiment: Experiment, stage: str) -> bool:
+    """Whether a stage lacks the adapters or domains that it works on."""
+    match stage:
+        case "train":
+            return not experiment.data.spirit
+        case "merge":
+            return not experiment.can_mix
+        case _:
+            return False
 
 
 def _built_on(stages: Sequence[str]) -> set[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rc_ray import artifacts, recipes
+from rc_ray import artifacts
 from rc_ray.artifacts import RunFolder
 from rc_ray.base_content import known_base
 from rc_ray.baseline_scores import BaselineRun
@@ -15,7 +16,7 @@ from rc_ray.config import Experiment
 from rc_ray.core.domains import Domain, RankingCase, sample
 from rc_ray.requests import ASKED_PROBES
 from rc_ray.shards import NUM_SHOWN, DomainRun, SystemRun
-from rc_ray.systems import BASELINES
+from rc_ray.systems import BASELINES, System
 
 WORK = "evaluate.work"
 """Where in the run folder all scores lie; an evaluation that was killed finds its own there."""
@@ -73,12 +74,12 @@ def plan(
     for system in settings.systems:
         if system not in BASELINES:
             continue
-        for seed in recipes.baseline_seeds(experiment, system):
+        for seed in baseline_seeds(experiment, system):
             shaping = {
                 **common,
                 "seed": seed,
                 "system": system,
-                "config": recipes.baseline_config(experiment, system),
+                "config": baseline_config(experiment, system),
                 "ks": settings.ks,
                 "catalogue": [len(found) for found in catalogue_cases.values()],
             }
@@ -134,3 +135,26 @@ def chosen_catalogue_cases(
         for split in ("warm", "cold", "cold_user", "few_shot")
         if cases[split]
     }
+
+
+def baseline_config(experiment: Experiment, system: System) -> dict[str, Any]:
+    """The settings that shape a baseline's scores."""
+    settings = experiment.evaluate
+    match system:
+        case "item_knn":
+            return settings.item_knn.model_dump(mode="json")
+        case "sasrec":
+            return settings.sasrec.model_dump(mode="json")
+        case "title_embedding":
+            return {
+                **settings.title_embedding.model_dump(mode="json"),
+                "model": known_base(experiment.model),
+            }
+        case _:
+            return {}
+
+
+def baseline_seeds(experiment: Experiment, system: System) -> tuple[int, ...]:
+    """The seeds that a baseline is trained with; more than one only where chance has a part."""
+    num = experiment.evaluate.num_seeds if system == "sasrec" else 1
+    return tuple(experiment.seed + place for place in range(num))

@@ -18,7 +18,6 @@ from rc_ray.config import Experiment
 from rc_ray.curves import shaping_config
 from rc_ray.errors import ArtifactError
 from rc_ray.mix_config import FixedMix, LearnedMix, MixConfig
-from rc_ray.systems import System
 from rc_ray.training_config import EXECUTION_FIELDS, TrainingConfig
 
 _EXECUTION: dict[str, set[str]] = {
@@ -295,7 +294,10 @@ def _scores(experiment: Experiment) -> dict[str, Any]:
 
 
 def form(experiment: Experiment) -> dict[str, Any]:
-    """What all mixes are made from, beside adapters and data."""
+    """What mixes are made and scores computed with, beside adapters and data.
+
+    `with_prior`: what the scores are ranked by, too, where no validation user chooses.
+    """
     return {
         "style": experiment.tune.style,
         "with_prior": experiment.tune.learns_with_prior,
@@ -317,40 +319,6 @@ def stages_needed(experiment: Experiment) -> set[str]:
     return needed
 
 
-def nothing_to_do(experiment: Experiment, stage: str) -> bool:
-    """Whether a stage lacks the adapters or domains that it works on."""
-    match stage:
-        case "train":
-            return not experiment.data.spirit
-        case "merge":
-            return not experiment.can_mix
-        case _:
-            return False
-
-
-def baseline_config(experiment: Experiment, system: System) -> dict[str, Any]:
-    """The settings that shape a baseline's scores."""
-    settings = experiment.evaluate
-    match system:
-        case "item_knn":
-            return settings.item_knn.model_dump(mode="json")
-        case "sasrec":
-            return settings.sasrec.model_dump(mode="json")
-        case "title_embedding":
-            return {
-                **settings.title_embedding.model_dump(mode="json"),
-                "model": known_base(experiment.model),
-            }
-        case _:
-            return {}
-
-
-def baseline_seeds(experiment: Experiment, system: System) -> tuple[int, ...]:
-    """The seeds that a baseline is trained with; more than one only where chance has a part."""
-    num = experiment.evaluate.num_seeds if system == "sasrec" else 1
-    return tuple(experiment.seed + place for place in range(num))
-
-
 def evaluation(experiment: Experiment) -> Recipe:
     systems = set(experiment.evaluate.systems)
     # What a guard chose may be a system that is not compared by itself.
@@ -368,10 +336,7 @@ def evaluation(experiment: Experiment) -> Recipe:
     return Recipe(
         {
             "evaluate": experiment.evaluate.model_dump(mode="json", exclude=_EXECUTION["evaluate"]),
-            "style": experiment.tune.style,
-            # What the scores are ranked by where no validation user chooses.
-            "with_prior": experiment.tune.learns_with_prior,
-            "model": known_base(experiment.model),
+            **form(experiment),
         },
         tuple(reads),
     )

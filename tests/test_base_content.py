@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rc_ray import recipes
+from rc_ray import evaluate_plan, recipes
 from rc_ray.artifacts import RunFolder, write_manifest
 from rc_ray.base_content import content_digest, known_base
 from rc_ray.config import Experiment, ModelConfig, load
@@ -37,7 +37,7 @@ def all_known(experiment: Experiment) -> dict[str, object]:
     }
     return {
         **{name: recipe.config for name, recipe in found.items()},
-        "titles": recipes.baseline_config(experiment, "title_embedding"),
+        "titles": evaluate_plan.baseline_config(experiment, "title_embedding"),
     }
 
 

@@ -18,13 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rc_ray.core.raw_files import FractionalTimes, SourceError, csv_batches, parquet_batches
-from rc_ray.data_config import (
-    CsvSource,
-    MovieLensSource,
-    ParquetSource,
-    Source,
-    domain_names,
-)
+from rc_ray.data_config import CsvSource, MovieLensSource, ParquetSource, Source, domain_names
 
 __all__ = ["INTERACTIONS", "ITEMS", "Interactions", "RawDomain", "SourceError", "read"]
 
